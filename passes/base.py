@@ -1,0 +1,72 @@
+"""What a pass is, and what flows through them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tdc.frontends.program import Program
+from tdc.ir import Block, Candidate, Plan, Remark, Site
+from tdc.options import Options
+from tdc.statistics import Statistics
+from tdc.targets import Target
+
+__all__ = ["Pass", "SiteErrors", "Unit"]
+
+
+@dataclass(frozen=True)
+class SiteErrors:
+    """Relative squared errors of stored factors, measured after rounding: in the plan's metric, and of the weight."""
+
+    metric: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Everything known about one compression; passes take one and give one. Mappings are keyed by ``site.order``."""
+
+    program: Program
+    target: Target
+    options: Options
+    calibration: Any = None
+    probe: Any = None
+    statistics: Statistics | None = None
+    sites: tuple[Site, ...] = ()
+    candidates: Mapping[int, tuple[Candidate, ...]] = field(default_factory=dict)
+    plan: Plan | None = None
+    factors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    errors: Mapping[int, SiteErrors] = field(default_factory=dict)
+    blocks: Mapping[int, Block] = field(default_factory=dict)
+    remarks: tuple[Remark, ...] = ()
+    result: Any = None
+
+    def having(self, **changes: Any) -> Unit:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def remarking(self, *remarks: Remark) -> Unit:
+        """A copy with more remarks, none twice."""
+        return replace(self, remarks=tuple(dict.fromkeys((*self.remarks, *remarks))))
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A pure function on units. Only a pass that says ``touches_model`` may change what the program holds."""
+
+    name: ClassVar[str]
+    touches_model: ClassVar[bool] = False
+
+    def requires(self, unit: Unit) -> None:
+        """Raise VerificationError if the unit is not what the pass needs."""
+
+    @abstractmethod
+    def run(self, unit: Unit) -> Unit:
+        """The unit after this pass."""
+
+    def ensures(self, before: Unit, after: Unit) -> None:
+        """Raise VerificationError if the pass has broken a promise."""

@@ -1,0 +1,52 @@
+"""TDC, a tensor decomposition compiler for neural networks.
+
+A trained model goes in; its weights are replaced by tensor decompositions, chosen and fitted under a budget from the network
+and real data; a smaller model of the same kind comes out. Doors: :func:`compress` for modules, :func:`compress_onnx` for ONNX files,
+and the command ``tdc``. Rooms: ``ir`` (values), ``decompositions``, ``statistics``, ``planning``, ``frontends``, ``targets``, ``passes``,
+``kernels``.
+"""
+
+from ._clash import check as _check
+
+_check()
+
+from .api import calibrate, compress, compress_onnx, densify, load, plan, report, save  # noqa: E402
+from .errors import (  # noqa: E402
+    BudgetError,
+    CalibrationError,
+    DestinationError,
+    ModelError,
+    OptionError,
+    PlanError,
+    TdcError,
+    VerificationError,
+)
+from .frontends.nn import FactoredLinear  # noqa: E402
+from .ir import Plan  # noqa: E402
+from .report import Report  # noqa: E402
+from .statistics import Statistics  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "DestinationError",
+    "FactoredLinear",
+    "ModelError",
+    "OptionError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "Statistics",
+    "TdcError",
+    "VerificationError",
+    "calibrate",
+    "compress",
+    "compress_onnx",
+    "densify",
+    "load",
+    "plan",
+    "report",
+    "save",
+]

@@ -1,0 +1,313 @@
+"""The doors of TDC for modules and ONNX files, and what reads their results."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from . import targets
+from .archive import RECORD, load, note_in_config, save
+from .errors import DestinationError, ModelError, OptionError
+from .frontends.nn import FactoredLinear, NnProgram
+from .ir import Cost, Plan
+from .options import Options
+from .passes.base import Unit
+from .passes.calibrate import Calibrate
+from .passes.find_sites import FindSites
+from .passes.group_sites import GroupSites
+from .passes.pipeline import APPLYING, COMPRESSING, PLANNING, Pipeline
+from .report import Report
+from .statistics import Statistics
+
+if TYPE_CHECKING:
+    from .frontends.program import Program
+
+__all__ = ["calibrate", "compress", "compress_onnx", "densify", "load", "plan", "report", "save"]
+
+M = TypeVar("M", bound=nn.Module)
+Names = str | Iterable[str] | None
+
+
+def calibrate(
+    model: nn.Module | str | Path,
+    batches: Any,
+    *,
+    probe: Any = None,
+    exclude: Names = (),
+    seed: int = 0,
+    progress: bool = True,
+) -> Statistics:
+    """Gather the statistics of a model's sites: reusable for any budget, savable, the same for every door.
+
+    Runs the dense model over ``batches`` and accumulates, for every distinct input of sites, ``S = E[x x^T]`` (i, i) and
+    ``E[x]`` (i); then measures each site's sensitivity by forward runs with that site alone approximated.
+
+    Args:
+        model: a module, or the path of an ONNX file.
+        batches: an iterable of example inputs (tensors, tuples, dicts of keywords), a DataLoader; for ONNX anything with
+            ``get_next()`` or an iterable of ``{input name: array}``. Use data like the data of use, not the test data.
+        probe: batches for the sensitivities; default the first eight examples of the first batch. Time: one forward run per
+            site and probe batch.
+        exclude: names or shell patterns of sites to leave out.
+        seed: recorded; nothing here is random.
+        progress: show a bar on work over two seconds.
+
+    Returns:
+        Statistics; ``save(path)`` and ``Statistics.load(path)`` keep them.
+
+    Raises:
+        CalibrationError: no batch, or batches that the model cannot run on.
+        ModelError: no module, no readable file, or no site in it.
+    """
+    example, batches = _peek(None, batches)
+    program = _open(model, example)
+    options = Options(exclude=Options.names(exclude, "exclude"), seed=seed, progress=progress)
+    unit = Unit(program, targets.get("auto"), options, calibration=batches, probe=probe)
+    unit = Pipeline((FindSites(), GroupSites(), Calibrate())).run(unit)
+    if unit.statistics is None:
+        raise ModelError("the model has no site: " + "; ".join(map(str, unit.remarks[:5])))
+    return unit.statistics
+
+
+def plan(
+    model: nn.Module | str | Path,
+    example_inputs: Any = None,
+    *,
+    budget: object,
+    calibration: Any = None,
+    statistics: Statistics | str | Path | None = None,
+    metric: str = "auto",
+    target: str = "auto",
+    allow: Names = None,
+    exclude: Names = (),
+    allocation: str = "lagrangian",
+    probe: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """Decide what :func:`compress` would do, and cut nothing. ``print(plan)`` is a table, ``plan.to_json()`` a file.
+
+    Arguments and errors as for :func:`compress`; ``model`` may also be the path of an ONNX file (``example_inputs`` is not needed then).
+    """
+    example, calibration = _peek(example_inputs, calibration)
+    options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    unit = _unit(_open(model, example), options, calibration, statistics, probe)
+    made = Pipeline(PLANNING).run(unit).plan
+    assert made is not None
+    return made
+
+
+def compress(
+    model: M,
+    example_inputs: Any = None,
+    *,
+    budget: object = None,
+    calibration: Any = None,
+    statistics: Statistics | str | Path | None = None,
+    metric: str = "auto",
+    target: str = "auto",
+    plan: Plan | str | Path | None = None,
+    allow: Names = None,
+    exclude: Names = (),
+    allocation: str = "lagrangian",
+    probe: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+    inplace: bool = False,
+) -> M:
+    """A smaller model of the same class: the weights of its linear layers written as products of trainable factors.
+
+    Args:
+        model: a trained module. It is not changed, unless ``inplace``.
+        example_inputs: one batch, a tuple of arguments or a dict of keywords, used to trace the model; default the first
+            calibration batch.
+        budget: what may stay, as fractions of the dense cost of the candidate sites: ``"params=0.5"``,
+            ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs.
+        calibration: data as for :func:`calibrate`, or
+        statistics: what :func:`calibrate` returned, or the path of a saved file.
+        metric: norm of the error: ``weight`` (Frobenius, needs no data), ``input`` (mean squared error of the layer's output on the
+            calibration data), or ``auto``: input where there is data.
+        target: the machine, see ``tdc list targets``.
+        plan: a Plan, or the path of a plan file, to apply instead of a budget.
+        allow: names of the decompositions to choose from; default all.
+        exclude: names of sites or modules, or shell patterns, that stay dense.
+        allocation: ``lagrangian`` (one budget over all sites) or ``uniform`` (each site keeps the same fraction).
+        probe: batches for the sensitivities, see :func:`calibrate`.
+        seed: recorded in the plan; same input, options and seed give the same factors.
+        progress: show a bar on work over two seconds.
+        inplace: replace modules in ``model`` itself. Nothing is replaced if anything fails.
+
+    Returns:
+        The new model; :func:`report` tells what was done. Its factors are parameters ``weight_<factor>`` of
+        :class:`tdc.FactoredLinear` modules.
+
+    Raises:
+        BudgetError: a budget that cannot be read or reached (the message gives the nearest reachable one).
+        CalibrationError: empty or wrong data, or statistics of another model.
+        PlanError: a plan that cannot be read or does not fit the model.
+        ModelError: not a module, or no site in it.
+        OptionError: unknown names or values.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"compress takes a torch.nn.Module; got {type(model).__name__} (for ONNX files: compress_onnx)")
+    example, calibration = _peek(example_inputs, calibration)
+    options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    program = NnProgram(model, example, inplace=inplace)
+    before = program.cost()
+    unit = _compressed(_unit(program, options, calibration, statistics, probe), plan)
+    small: M = unit.result
+    assert unit.plan is not None
+    made = _report(unit, before, NnProgram(small, example).cost())
+    small.__dict__[RECORD] = (made, unit.plan)
+    note_in_config(small, made, unit.plan)
+    return small
+
+
+def compress_onnx(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    budget: object = None,
+    calibration: Any = None,
+    statistics: Statistics | str | Path | None = None,
+    metric: str = "auto",
+    target: str = "auto",
+    plan: Plan | str | Path | None = None,
+    allow: Names = None,
+    exclude: Names = (),
+    allocation: str = "lagrangian",
+    probe: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Report:
+    """Compress an ONNX file into another one of standard operators; arguments as for :func:`compress`.
+
+    The result is checked (onnx.checker with shape inference, an onnxruntime session) before it gets its name; a failure
+    leaves nothing behind. Names, metadata, opset and all that is not replaced stay. Plan and report are stored in the metadata
+    (``tdc.plan``, ``tdc.report``).
+
+    Raises:
+        ModelError: a source that is not a valid ONNX model.
+        DestinationError: a destination that cannot be written, or is the source.
+        VerificationError: a result that the checker or onnxruntime refuses.
+        BudgetError, CalibrationError, PlanError, OptionError: as for :func:`compress`.
+    """
+    from .files import checked_destination
+    from .frontends.onnx import OnnxProgram, load_model, save_model
+
+    into, out = Path(source), checked_destination(destination)
+    if out.exists() and into.exists() and out.samefile(into):
+        raise DestinationError(f"{out} is the input file: choose another name for the output")
+    options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    program = OnnxProgram(load_model(into), into)
+    before = program.cost()
+    unit = _compressed(_unit(program, options, calibration, statistics, probe), plan)
+    made = _report(unit, before, OnnxProgram(unit.result, None).cost())
+    assert unit.plan is not None
+    metadata = {"tdc.plan": unit.plan.to_json(), "tdc.report": made.to_json()}
+    save_model(unit.result, out, source=into, metadata=metadata)
+    return made
+
+
+def report(small: nn.Module | str | Path) -> Report:
+    """What TDC did to a module, or to the ``.tdc`` or ``.onnx`` file at a path.
+
+    Raises:
+        ModelError: the module or file does not come from TDC, or cannot be read.
+    """
+    if isinstance(small, nn.Module):
+        return _record(small)[0]
+    from .archive import stored_report
+
+    return stored_report(Path(small))
+
+
+def densify(small: M) -> M:
+    """A copy with plain layers again, of the replaced classes, that hold the approximated dense weights.
+
+    ``W = rebuild(factors)`` for every factored layer; the outputs are those of ``small`` up to rounding.
+
+    Raises:
+        ModelError: the module has no factored layer.
+    """
+    if not any(isinstance(module, FactoredLinear) for module in small.modules()):
+        raise ModelError("the model has no factored layer: nothing to densify")
+    dense = copy.deepcopy(small)
+    made: dict[int, nn.Module] = {}
+    for path, module in list(dense.named_modules(remove_duplicate=False)):
+        if isinstance(module, FactoredLinear):
+            parent, _, child = path.rpartition(".")
+            setattr(dense.get_submodule(parent), child, made.setdefault(id(module), module.dense()))
+    dense.__dict__.pop(RECORD, None)
+    return dense
+
+
+def _record(small: nn.Module) -> tuple[Report, Plan]:
+    record = small.__dict__.get(RECORD)
+    if record is None:
+        raise ModelError("this module was not made by tdc.compress or tdc.load: there is no report")
+    return record  # type: ignore[no-any-return]
+
+
+def _options(
+    budget: object, metric: str, target: str, allow: Names, exclude: Names, allocation: str, seed: int, progress: bool
+) -> Options:
+    allowed, excluded = Options.names(allow, "allow"), Options.names(exclude, "exclude")
+    return Options(budget, metric, target, allowed, excluded, allocation, seed, progress)
+
+
+def _open(model: nn.Module | str | Path, example: Any) -> Program:
+    if isinstance(model, (str, Path)):
+        from .frontends.onnx import OnnxProgram, load_model
+
+        return OnnxProgram(load_model(Path(model)), Path(model))
+    if example is None:
+        raise OptionError("give example_inputs= (a tuple or a dict of keywords), or calibration data")
+    return NnProgram(model, example)
+
+
+def _peek(example: Any, batches: Any) -> tuple[Any, Any]:
+    """The example inputs, by default the first batch, and the batches with none of them used up."""
+    if example is not None or batches is None or hasattr(batches, "get_next"):
+        return example, batches
+    if isinstance(batches, (nn.Module, str, bytes)) or not isinstance(batches, Iterable):
+        return None, batches
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        return batches, batches
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if iterator is batches and first is not None:
+        batches = chain([first], iterator)
+    return first, batches
+
+
+def _unit(
+    program: Program, options: Options, calibration: Any, statistics: Statistics | str | Path | None, probe: Any
+) -> Unit:
+    if calibration is not None and statistics is not None:
+        raise OptionError("give calibration= or statistics=, not both")
+    known = Statistics.load(statistics) if isinstance(statistics, (str, Path)) else statistics
+    if known is not None and not isinstance(known, Statistics):
+        raise OptionError(f"statistics= takes what tdc.calibrate returns, or a path; got {type(known).__name__}")
+    return Unit(program, targets.get(options.target), options, calibration, probe, known)
+
+
+def _compressed(unit: Unit, plan: Plan | str | Path | None) -> Unit:
+    if (plan is None) == (unit.options.budget is None):
+        raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
+    if plan is None:
+        return Pipeline(COMPRESSING).run(unit)
+    if isinstance(plan, (str, Path)):
+        plan = Plan.load(plan)
+    return Pipeline(APPLYING).run(unit.having(plan=plan))
+
+
+def _report(unit: Unit, before: Cost, after: Cost) -> Report:
+    assert unit.plan is not None
+    errors = {order: (found.metric, found.weight) for order, found in unit.errors.items()}
+    return Report.of(unit.program.door, unit.plan, errors, (before, after))

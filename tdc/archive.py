@@ -1,0 +1,147 @@
+"""Saved models: one safetensors file with all tensors, the plan and the report. No code, no pickle."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import targets
+from .errors import ModelError, PlanError
+from .files import atomic_write, checked_destination
+from .frontends.nn import FactoredLinear
+from .frontends.nn.restore import restore
+from .ir import Plan
+from .passes.propose_layouts import lowered
+from .report import Report
+
+__all__ = ["load", "save", "stored_report"]
+
+M = TypeVar("M", bound=nn.Module)
+_FORMAT = "tdc-model"
+_VERSION = 1
+RECORD = "_tdc_report"
+
+
+def save(small: nn.Module, path: str | Path) -> None:
+    """Write a compressed module: tensors, plan and report in one safetensors file, all or nothing; equal models, equal bytes.
+
+    Tensors that several names share are stored once.
+
+    Raises:
+        ModelError: the module was not made by TDC.
+        DestinationError: the path cannot be written.
+    """
+    from safetensors.torch import save as to_bytes
+
+    checked_destination(path)
+    record = small.__dict__.get(RECORD)
+    if record is None:
+        raise ModelError("this module was not made by tdc.compress or tdc.load: use torch.save or safetensors for it")
+    made, plan = record
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in small.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    head = {"format": _FORMAT, "version": _VERSION, "aliases": aliases, "plan": plan.to_json(), "report": made.to_json()}
+    atomic_write(path, to_bytes(tensors, metadata={"tdc": json.dumps(head)}))
+
+
+def load(path: str | Path, model: M) -> M:
+    """A copy of ``model`` (the dense architecture; its weights do not matter and may be on ``meta``) with a saved state.
+
+    ``path`` is a file from :func:`save`, or a folder that ``save_pretrained`` of a compressed transformers model wrote.
+
+    Raises:
+        ModelError: the file cannot be read, or holds no TDC model.
+        PlanError: it does not fit the architecture; the message names the site or the tensors.
+    """
+    head, tensors = _read(Path(path))
+    plan = Plan.from_json(head["plan"])
+    new = copy.deepcopy(model)
+    target = targets.get(plan.target)
+    rows = []
+    for choice in plan.choices:
+        if not choice.is_dense:
+            try:
+                layout, block = lowered(target, choice)
+            except ValueError as error:
+                raise PlanError(f"{choice.site.name}: {error}") from error
+            if not block:
+                raise PlanError(f"{choice.site.name}: {block.reason}")
+            rows.append((choice.site, block, choice.decomposition))
+    restore(new, rows, tensors, head.get("aliases", {}))
+    new.__dict__[RECORD] = (Report.from_json(head["report"]), plan)
+    return new
+
+
+def stored_report(path: Path) -> Report:
+    """The report in a ``.tdc`` or ``.onnx`` file. Raises ModelError."""
+    if path.suffix == ".onnx":
+        from .frontends.onnx import load_model
+
+        text = load_model(path).metadata_props.get("tdc.report")
+        if text is None:
+            raise ModelError(f"{path} was not made by TDC: it has no report")
+        return Report.from_json(text)
+    return Report.from_json(_read(path)[0]["report"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_dir():
+        return _read_pretrained(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            head = json.loads((file.metadata() or {}).get("tdc", "{}"))
+            if head.get("format") != _FORMAT or head.get("version") != _VERSION:
+                raise ModelError(f"{path} is not a TDC model file of version {_VERSION}")
+            return head, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no file {path}") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+def note_in_config(small: nn.Module, made: Report, plan: Plan) -> None:
+    """Put plan and report into a transformers model's ``config``, so that a ``save_pretrained`` folder can be loaded again."""
+    config = getattr(small, "config", None)
+    if config is not None and hasattr(config, "to_json_string"):
+        config.tdc = {"plan": plan.to_json(), "report": made.to_json()}
+
+
+def _read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        head = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tdc")
+        index = folder / "model.safetensors.index.json"
+        names = ["model.safetensors"]
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ModelError(f"{index} names files outside its folder")
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= load_file(folder / name)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{folder} cannot be read as a saved model: {error}") from error
+    if not isinstance(head, dict) or not {"plan", "report"} <= set(head):
+        raise ModelError(f"{folder} was not saved from a TDC model: its config.json has no plan")
+    return head, tensors

@@ -1,0 +1,61 @@
+"""Batches for modules: what users pass, as positional and keyword arguments of ``forward``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CalibrationError
+
+__all__ = ["Call", "as_call", "as_calls"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_call(model: nn.Module, batch: Any, positional: int | None = None) -> Call:
+    """One batch as ``(args, kwargs)`` on the model's device.
+
+    A tensor is one argument, a mapping keyword arguments, a tuple or list positional arguments; of the last, those beyond what
+    ``forward`` takes (or beyond ``positional``) are dropped, so the labels of a data loader do no harm. Raises CalibrationError.
+    """
+    if isinstance(batch, Tensor):
+        args, kwargs = (batch,), {}
+    elif isinstance(batch, Mapping):
+        args, kwargs = (), {str(key): value for key, value in batch.items()}
+    elif isinstance(batch, (tuple, list)):
+        takes = _positional(model) if positional is None else positional
+        args, kwargs = tuple(batch[:takes]), {}
+    else:
+        raise CalibrationError(f"a batch must be a tensor, a tuple or a dict of keywords; got {type(batch).__name__}")
+    if not args and not kwargs:
+        raise CalibrationError("a batch is empty")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return tuple(move(a) for a in args), {key: move(value) for key, value in kwargs.items()}
+
+
+def as_calls(model: nn.Module, calibration: Any, positional: int | None = None) -> Iterator[Call]:
+    """All batches of ``calibration``; a single tensor or mapping counts as one batch."""
+    if isinstance(calibration, (Tensor, Mapping)):
+        calibration = [calibration]
+    if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration must be an iterable of batches (a list, a DataLoader); got {type(calibration).__name__}"
+        )
+    for batch in calibration:
+        yield as_call(model, batch, positional)
+
+
+def _positional(model: nn.Module) -> int | None:
+    """How many positional arguments ``forward`` takes; None for any number."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

@@ -1,0 +1,95 @@
+"""Putting saved factors into the dense architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PlanError
+from ...ir import Block, Site
+from .factored import FactoredLinear, is_linear
+
+__all__ = ["restore"]
+
+
+def restore(
+    model: nn.Module, sites: Sequence[tuple[Site, Block, str]], tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> None:
+    """Swap the named linear modules of ``model`` for factored ones and give the model the saved tensors, in place.
+
+    ``sites`` are found by name: (site, block, decomposition). Raises PlanError, with nothing changed, if a named module is missing or of
+    another size, or the tensors do not fit.
+    """
+    groups = _shared(model, aliases)
+    swaps: list[tuple[str, nn.Module]] = []
+    for site, block, decomposition in sites:
+        swaps += _factored(model, site, block, decomposition, tensors, aliases)
+    for path, module in swaps:
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    answer = model.load_state_dict(dict(tensors), strict=False, assign=True)
+    loaded = set(tensors)
+    missing = [name for name in answer.missing_keys if not any(name in group and group & loaded for group in groups)]
+    if missing or answer.unexpected_keys:
+        raise PlanError(
+            f"the saved tensors do not fit the model: missing {missing[:5]}, not known {answer.unexpected_keys[:5]}"
+        )
+    for group in groups:
+        source = next((name for name in sorted(group) if name in loaded), None)
+        if source is not None:
+            _tie(model, source, sorted(group - {source}))
+
+
+def _factored(
+    model: nn.Module,
+    site: Site,
+    block: Block,
+    decomposition: str,
+    tensors: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+) -> list[tuple[str, nn.Module]]:
+    made: dict[int, FactoredLinear] = {}
+    swaps: list[tuple[str, nn.Module]] = []
+    for name in site.names:
+        path = name.removesuffix(".weight")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise PlanError(f"the model has no module {path}, which the file holds factors for") from None
+        if not is_linear(module):
+            raise PlanError(f"{path} is a {type(module).__name__}, not the linear module that the file was made from")
+        if id(module) not in made:
+            factors: dict[str, Tensor] = {}
+            for factor, shape in block.factors:
+                stored = tensors.get(key := f"{path}.weight_{factor}", tensors.get(aliases.get(key, "")))
+                if stored is None or tuple(stored.shape) != shape:
+                    raise PlanError(f"the file holds no factor {key} of shape {list(shape)}")
+                factors[factor] = torch.empty_like(stored)
+            made[id(module)] = FactoredLinear(module, block, factors, decomposition)
+        swaps.append((path, made[id(module)]))
+    return swaps
+
+
+def _shared(model: nn.Module, aliases: Mapping[str, str]) -> list[set[str]]:
+    """Sets of names that stand for one parameter: in the model as it is, and in the file."""
+    by_id: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_id.setdefault(id(parameter), set()).add(name)
+    groups = [group for group in by_id.values() if len(group) > 1]
+    for alias, name in aliases.items():
+        groups.append({alias, name})
+    return groups
+
+
+def _tie(model: nn.Module, source: str, names: Sequence[str]) -> None:
+    path, _, leaf = source.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = tensor
+        elif leaf in module._buffers:
+            module._buffers[leaf] = tensor

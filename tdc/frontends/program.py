@@ -1,0 +1,112 @@
+"""What every frontend offers to the passes, and the sketch by which all of them recognise a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ir import Block, Cost, Remark, Site
+
+__all__ = ["Program", "Tap", "head", "passed_over_weight", "sketch"]
+
+Tap = Callable[[Site, Tensor], None]
+"""Called with a site and the activation that enters it: any leading axes, the site's input axis last."""
+
+_ENTRIES = 8
+_CHUNK = 1 << 22
+
+
+class Program(Protocol):
+    """A model opened by one door. Everything but :meth:`replace` and :meth:`finish` leaves the model as it is."""
+
+    door: str
+
+    def sites(self) -> tuple[tuple[Site, ...], tuple[Remark, ...]]:
+        """All sites in topological order, tied uses merged into one, and why other weights were passed over."""
+
+    def weight(self, site: Site) -> Tensor:
+        """The dense weight in canonical axes, on the CPU, in its own dtype; not to be written to."""
+
+    def batches(self, calibration: Any) -> Iterator[Any]:
+        """The user's calibration data as batches that :meth:`observe` and :meth:`outputs` take.
+
+        Raises CalibrationError for data of a wrong type.
+        """
+
+    def observe(self, batch: Any, sites: Iterable[Site], tap: Tap) -> None:
+        """Run the dense model on one batch and hand every use's input activation to ``tap``.
+
+        The same activation that enters several sites is handed over as the same tensor object. Raises CalibrationError if the
+        model cannot run on the batch.
+        """
+
+    def outputs(self, batch: Any, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Floating outputs by name, with the weights of some sites (by ``site.order``) replaced for this run."""
+
+    def cost(self) -> Cost:
+        """Parameters and bytes of the whole model; ``macs`` is 0 (see the report for those of the sites)."""
+
+    def replace(self, site: Site, block: Block, factors: Mapping[str, Tensor], decomposition: str) -> None:
+        """Note that all uses of ``site`` become ``block``. ``factors`` have the dtype that is to be stored."""
+
+    def finish(self) -> Any:
+        """Cut all noted replacements in, all or none, and give back the new model."""
+
+
+def sketch(weight: Tensor) -> tuple[float, ...]:
+    """Eight numbers that recognise a weight (o, i) after its rows were scaled (a folded norm) or it was stored transposed.
+
+    With ``S[o, i] = W[o, i]^2 / sum_i W[o, i]^2`` and fixed pseudo-random signs a_k, b_k, entry k is
+    ``a_k^T S b_k / sqrt(3 o / i)``, of order one for a Gaussian weight. Rounded to six decimals. () if the weight is empty or not finite.
+    """
+    rows, columns = weight.shape
+    if weight.numel() == 0 or not bool(torch.isfinite(weight).all()):
+        return ()
+    a, b = _signs(rows, 0), _signs(columns, 1)
+    total = torch.zeros(_ENTRIES, dtype=torch.float64)
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part = weight[start : start + step].double()
+        part = part / part.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        square = part.square_()
+        square = square / square.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        total += (a[start : start + step] * (square @ b)).sum(0)
+    scaled = total / (3 * rows / columns) ** 0.5
+    return tuple(round(float(x), 6) + 0.0 for x in scaled)
+
+
+def _signs(length: int, stream: int) -> Tensor:
+    """(length, entries) of +1 and -1 from the splitmix64 sequence: the same on every machine."""
+    count = np.arange(1, length * _ENTRIES + 1, dtype=np.uint64) + np.uint64(stream << 40)
+    z = count * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits = ((z ^ (z >> np.uint64(31))) >> np.uint64(63)).astype(np.float64)
+    return torch.from_numpy(bits * 2 - 1).reshape(length, _ENTRIES)
+
+
+def passed_over_weight(weight: Tensor) -> str:
+    """Why a weight cannot be decomposed ('' if it can): zero size, a dtype that is not real floating, NaN or infinity."""
+    if weight.numel() == 0:
+        return f"the weight of shape {list(weight.shape)} has no entries"
+    if not weight.is_floating_point():
+        return f"the weight has dtype {str(weight.dtype).removeprefix('torch.')}, not a real floating one"
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        return f"{bad} of {weight.numel()} entries of the weight are NaN or infinite"
+    return ""
+
+
+def head(batch: Any, examples: int) -> Any:
+    """The first ``examples`` entries along the leading axis of every tensor or array in a batch (dicts, tuples, lists)."""
+    if isinstance(batch, Mapping):
+        return {key: head(value, examples) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(head(value, examples) for value in batch)
+    if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim > 0:
+        return batch[:examples]
+    return batch

@@ -1,0 +1,187 @@
+"""Plans: what is decided for every site, before anything is cut. A plan is a JSON file that a person can read and edit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import PlanError
+from .remark import Remark
+from .site import Site
+
+__all__ = ["DENSE", "PLAN_VERSION", "Candidate", "Cost", "Plan"]
+
+PLAN_VERSION = 1
+DENSE = "dense"
+_FORMAT = "tdc-plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """``params`` real numbers stored, ``bytes`` stored (indices included), ``macs`` multiply-adds per example."""
+
+    params: int
+    bytes: int
+    macs: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.bytes + other.bytes, self.macs + other.macs)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The decision for one site. ``ranks`` is empty for ``dense``.
+
+    ``error`` is the predicted relative squared error of the weight in the plan's metric, in [0, 1]; ``sensitivity`` the
+    change of the model's output per unit of it. Two choices are equal if they decide the same for the same weight.
+    """
+
+    site: Site
+    decomposition: str
+    variant: str = ""
+    ranks: tuple[tuple[str, int], ...] = ()
+    error: float = field(default=0.0, compare=False)
+    sensitivity: float = field(default=1.0, compare=False)
+    cost: Cost = field(default=Cost(0, 0, 0), compare=False)
+    dense_cost: Cost = field(default=Cost(0, 0, 0), compare=False)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.decomposition == DENSE
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Decisions for all candidate sites, with what they were made from.
+
+    ``statistics`` is the digest of the statistics, '' for the metric ``weight``. Two plans are equal if they have the same
+    metric, digest, target and budget and decide the same for the same weights, whatever the names and the order.
+    """
+
+    choices: tuple[Candidate, ...] = ()
+    metric: str = "weight"
+    statistics: str = ""
+    target: str = "cpu"
+    budget: str = ""
+    allocation: str = "lagrangian"
+    seed: int = 0
+    remarks: tuple[Remark, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._decisions() == other._decisions()
+
+    def __hash__(self) -> int:
+        return hash(self._decisions())
+
+    def _decisions(self) -> tuple[object, ...]:
+        ordered = sorted(self.choices, key=lambda c: (c.site.kind.value, c.site.sizes, c.site.sketch))
+        return (self.metric, self.statistics, self.target, self.budget, self.allocation, tuple(ordered))
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of the candidate sites under this plan."""
+        return sum((candidate.cost for candidate in self.choices), Cost(0, 0, 0))
+
+    @property
+    def dense_cost(self) -> Cost:
+        """Cost of the candidate sites before."""
+        return sum((candidate.dense_cost for candidate in self.choices), Cost(0, 0, 0))
+
+    def to_json(self) -> str:
+        """The plan as a JSON text: keys in a fixed order, one site a line; equal plans of one door give equal bytes."""
+        head: dict[str, Any] = {"format": _FORMAT, "version": PLAN_VERSION}
+        for key in ("metric", "statistics", "target", "budget", "allocation", "seed"):
+            head[key] = getattr(self, key)
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+        rows = {"sites": [_candidate_out(c) for c in self.choices], "remarks": [_remark_out(r) for r in self.remarks]}
+        for key, items in rows.items():
+            body = ",\n    ".join(json.dumps(item, allow_nan=False) for item in items)
+            lines.append(f'"{key}": [\n    {body}\n  ]' if items else f'"{key}": []')
+        return "{\n  " + ",\n  ".join(lines) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote, or a person edited. Raises PlanError with the place and the reason."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"the plan is not JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise PlanError(f'not a TDC plan: the key "format" must be "{_FORMAT}"')
+        if data.get("version") != PLAN_VERSION:
+            raise PlanError(f"plan version {data.get('version')!r} cannot be read: this TDC reads {PLAN_VERSION}")
+        known = {"format", "version", "metric", "statistics", "target", "budget", "allocation", "seed", "sites", "remarks"}
+        if unknown := sorted(set(data) - known):
+            raise PlanError(f"unknown keys in the plan: {unknown}")
+        try:
+            return cls(
+                choices=tuple(_candidate_in(k, row) for k, row in enumerate(data["sites"])),
+                remarks=tuple(Remark(row["site"], row["stage"], row["reason"]) for row in data.get("remarks", [])),
+                seed=int(data.get("seed", 0)),
+                **{key: str(data[key]) for key in ("metric", "statistics", "target", "budget", "allocation") if key in data},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"the plan lacks or misspells {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file. Raises PlanError."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"the plan file {path} cannot be read: {error}") from error
+
+    def __str__(self) -> str:
+        from .text import plan_table
+
+        return plan_table(self)
+
+
+def _remark_out(remark: Remark) -> dict[str, str]:
+    return {"site": remark.site, "stage": remark.stage, "reason": remark.reason}
+
+
+def _cost_out(cost: Cost) -> dict[str, float]:
+    return {"params": cost.params, "bytes": cost.bytes, "macs": cost.macs}
+
+
+def _candidate_out(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "name": candidate.site.name,
+        "decomposition": candidate.decomposition,
+        "variant": candidate.variant,
+        "ranks": dict(candidate.ranks),
+        "error": candidate.error,
+        "sensitivity": candidate.sensitivity,
+        "cost": _cost_out(candidate.cost),
+        "dense_cost": _cost_out(candidate.dense_cost),
+        "site": candidate.site.to_dict(),
+    }
+
+
+def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
+    if not isinstance(row, dict):
+        raise PlanError(f"site {position} of the plan is not an object")
+    try:
+        return Candidate(
+            site=Site.from_dict(row["site"]),
+            decomposition=str(row["decomposition"]),
+            variant=str(row.get("variant", "")),
+            ranks=tuple((str(axis), int(rank)) for axis, rank in row["ranks"].items()),
+            error=float(row.get("error", 0.0)),
+            sensitivity=float(row.get("sensitivity", 1.0)),
+            cost=_cost_in(row.get("cost")),
+            dense_cost=_cost_in(row.get("dense_cost")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        where = f"site {position} ({row.get('name', 'no name')!r}) of the plan"
+        raise PlanError(f"{where} cannot be read: {type(error).__name__} at {error}") from error
+
+
+def _cost_in(row: Mapping[str, Any] | None) -> Cost:
+    return Cost(int(row["params"]), int(row["bytes"]), float(row["macs"])) if row else Cost(0, 0, 0)

@@ -1,0 +1,48 @@
+"""What the user asks for, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import OptionError
+
+__all__ = ["ALLOCATIONS", "Options"]
+
+ALLOCATIONS = ("lagrangian", "uniform")
+
+
+@dataclass(frozen=True)
+class Options:
+    """``metric``: weight, input, or auto (input where there are statistics). ``allow``: names of decompositions, () for all.
+
+    ``exclude``: site names or shell patterns that stay dense. ``allocation``: lagrangian, or uniform (every site keeps the
+    same fraction, rank rounded down to an integer).
+    """
+
+    budget: object = None
+    metric: str = "auto"
+    target: str = "auto"
+    allow: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    allocation: str = "lagrangian"
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("auto", "weight", "input"):
+            raise OptionError(f"unknown metric {self.metric!r}. Known: auto, weight, input")
+        if self.allocation not in ALLOCATIONS:
+            raise OptionError(f"unknown allocation {self.allocation!r}. Known: {', '.join(ALLOCATIONS)}")
+        if not isinstance(self.seed, int):
+            raise OptionError(f"seed must be an integer; got {self.seed!r}")
+
+    @staticmethod
+    def names(given: str | Iterable[str] | None, what: str) -> tuple[str, ...]:
+        """One name or several as a tuple. Raises OptionError for anything else."""
+        if given is None:
+            return ()
+        names = (given,) if isinstance(given, str) else tuple(given)
+        if not all(isinstance(name, str) for name in names):
+            raise OptionError(f"{what} must be a name or a list of names; got {given!r}")
+        return names

@@ -1,0 +1,143 @@
+"""Spending one budget over all sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import BudgetError
+from ..ir import Cost
+from .budget import Budget
+
+__all__ = ["Option", "allocate"]
+
+_BISECTIONS = 200
+_ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to treat a site: what it costs and the loss (change of the model's output) it is predicted to cause."""
+
+    cost: Cost
+    loss: float
+
+
+def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
+    """For every site the index of the option to take: least total loss within the budget.
+
+    ``minimise sum_s loss_s(k_s)  subject to  sum_s cost_s(k_s) <= keep * dense`` for every quantity of the budget. The last option of each
+    site must be the dense one. By Lagrangian relaxation: for a price on the (normalised) cost each site takes the option of least
+    ``loss + price * cost``, which reaches the vertices of the lower convex hull of its options; the price is bisected, and the
+    budget left over is then spent on the steps of greatest loss saved per cost (Everett 1963; Shoham and Gersho 1988). With
+    several quantities the weights of the price move towards the one that is exceeded most.
+
+    Raises BudgetError with the nearest reachable budget if even the cheapest options exceed it.
+    """
+    dense = sum((site[-1].cost for site in options), Cost(0, 0, 0))
+    allowed = {key: limit for key, limit in budget.allowance(dense).items() if getattr(dense, key) > 0}
+    _check_reachable(options, allowed, dense)
+    weights = {key: 1.0 / len(allowed) for key in allowed}
+    best: list[int] | None = None
+    for _ in range(_ROUNDS if len(allowed) > 1 else 1):
+        chosen = _least_price(options, allowed, _price_of(allowed, weights), allowed_total=1.0)
+        over = {key: _total(options, chosen, key) / limit for key, limit in allowed.items()}
+        if max(over.values()) <= 1 and (best is None or _loss(options, chosen) < _loss(options, best)):
+            best = chosen
+        weights = {key: weights[key] * over[key] ** 2 for key in allowed}
+        scale = sum(weights.values())
+        weights = {key: weight / scale for key, weight in weights.items()}
+    if best is None:
+        best = _cheapest(options, allowed)
+    return _fill(options, best, allowed)
+
+
+def _price_of(allowed: Mapping[str, float], weights: Mapping[str, float]) -> Callable[[Cost], float]:
+    def price(cost: Cost) -> float:
+        return sum(weights[key] * getattr(cost, key) / limit for key, limit in allowed.items())
+
+    return price
+
+
+def _least_price(
+    options: Sequence[Sequence[Option]],
+    allowed: Mapping[str, float],
+    price: Callable[[Cost], float],
+    *,
+    allowed_total: float,
+) -> list[int]:
+    """The hull solution: the smallest multiplier whose choice costs at most ``allowed_total`` of the normalised price."""
+    priced = [[price(option.cost) for option in site] for site in options]
+
+    def choose(multiplier: float) -> tuple[list[int], float]:
+        chosen = [
+            min(range(len(site)), key=lambda k: (site[k].loss + multiplier * row[k], row[k]))
+            for site, row in zip(options, priced, strict=True)
+        ]
+        return chosen, sum(row[k] for row, k in zip(priced, chosen, strict=True))
+
+    chosen, total = choose(0.0)
+    if total <= allowed_total:
+        return chosen
+    low, high = 0.0, 1.0
+    while choose(high)[1] > allowed_total and high < 1e30:
+        low, high = high, high * 4
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        if choose(middle)[1] <= allowed_total:
+            high = middle
+        else:
+            low = middle
+    return choose(high)[0]
+
+
+def _fill(options: Sequence[Sequence[Option]], chosen: list[int], allowed: Mapping[str, float]) -> list[int]:
+    """Spend what is left: again and again the affordable step that saves most loss per normalised cost."""
+    chosen = list(chosen)
+    spent = {key: _total(options, chosen, key) for key in allowed}
+    while True:
+        best: tuple[float, int, int] | None = None
+        for s, site in enumerate(options):
+            now = site[chosen[s]]
+            for k, option in enumerate(site):
+                gain = now.loss - option.loss
+                extra = {key: getattr(option.cost, key) - getattr(now.cost, key) for key in allowed}
+                if gain <= 0 or any(spent[key] + extra[key] > limit for key, limit in allowed.items()):
+                    continue
+                rise = max(sum(max(extra[key], 0) / limit for key, limit in allowed.items()), 1e-12)
+                if best is None or gain / rise > best[0]:
+                    best = (gain / rise, s, k)
+        if best is None:
+            return chosen
+        _, s, k = best
+        for key in allowed:
+            spent[key] += getattr(options[s][k].cost, key) - getattr(options[s][chosen[s]].cost, key)
+        chosen[s] = k
+
+
+def _cheapest(options: Sequence[Sequence[Option]], allowed: Mapping[str, float]) -> list[int]:
+    price = _price_of(allowed, dict.fromkeys(allowed, 1.0))
+    return [min(range(len(site)), key=lambda k: price(site[k].cost)) for site in options]
+
+
+def _total(options: Sequence[Sequence[Option]], chosen: Sequence[int], key: str) -> float:
+    return sum(getattr(site[k].cost, key) for site, k in zip(options, chosen, strict=True))
+
+
+def _loss(options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
+    return sum(site[k].loss for site, k in zip(options, chosen, strict=True))
+
+
+def _check_reachable(options: Sequence[Sequence[Option]], allowed: Mapping[str, float], dense: Cost) -> None:
+    least = {key: sum(min(getattr(o.cost, key) for o in site) for site in options) for key in allowed}
+    if any(least[key] > limit for key, limit in allowed.items()):
+        import math
+
+        asked = ",".join(f"{key}={limit / getattr(dense, key):g}" for key, limit in allowed.items())
+        nearest = ",".join(
+            f"{key}={max(math.ceil(1e4 * least[key] / getattr(dense, key)) / 1e4, limit / getattr(dense, key)):g}"
+            for key, limit in allowed.items()
+        )
+        raise BudgetError(f"the budget {asked} cannot be reached; the nearest reachable one is {nearest}")

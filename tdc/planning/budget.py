@@ -1,0 +1,81 @@
+"""Budgets: fractions of the dense cost of the candidate sites that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import BudgetError
+from ..ir import Cost
+
+__all__ = ["QUANTITIES", "Budget"]
+
+QUANTITIES = ("params", "bytes", "macs")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``keep`` per quantity, e.g. ``(("params", 0.5), ("macs", 0.6))``: all limits hold together."""
+
+    limits: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def parse(cls, given: object) -> Budget:
+        """Read ``"params=0.5"``, ``"params=0.5,macs=0.6"`` or ``{"params": 0.5}``.
+
+        Raises BudgetError; for a bare number with the words to write instead, since "0.5" alone could mean what stays or
+        what goes, of the parameters or of the time.
+        """
+        if isinstance(given, Budget):
+            return given
+        if isinstance(given, (int, float)) and not isinstance(given, bool):
+            raise BudgetError(
+                f"budget={given} does not say of what: write budget='params={given}' to keep that fraction of the "
+                f"candidate sites' parameters (or bytes=, macs=, joined by commas)"
+            )
+        if isinstance(given, Mapping):
+            pairs = [(str(key), value) for key, value in given.items()]
+        elif isinstance(given, str):
+            pairs = [_pair(part) for part in given.split(",")]
+        else:
+            raise BudgetError(f"budget must be a text such as 'params=0.5' or a mapping; got {type(given).__name__}")
+        if not pairs:
+            raise BudgetError("the budget is empty: write for example 'params=0.5'")
+        limits = tuple((_quantity(key), _fraction(key, value)) for key, value in pairs)
+        if len({key for key, _ in limits}) != len(limits):
+            raise BudgetError(f"the budget {given!r} names a quantity twice")
+        return cls(limits)
+
+    def allowance(self, dense: Cost) -> dict[str, float]:
+        """The limits in absolute numbers."""
+        return {key: keep * getattr(dense, key) for key, keep in self.limits}
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}={keep:g}" for key, keep in self.limits)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise BudgetError(f"cannot read {text.strip()!r} in the budget: write for example 'params=0.5,macs=0.6'")
+    return key.strip(), value.strip()
+
+
+def _quantity(key: str) -> str:
+    if key not in QUANTITIES:
+        import difflib
+
+        close = difflib.get_close_matches(key, QUANTITIES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise BudgetError(f"unknown quantity {key!r} in the budget{hint} Known: {', '.join(QUANTITIES)}")
+    return key
+
+
+def _fraction(key: str, value: object) -> float:
+    try:
+        keep = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise BudgetError(f"{key}={value!r} in the budget is not a number") from None
+    if not 0 < keep <= 1:
+        raise BudgetError(f"{key}={value} in the budget must be above 0 and at most 1: it is the fraction that stays")
+    return keep

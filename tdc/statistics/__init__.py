@@ -1,0 +1,7 @@
+"""What calibration gathers: second moments of inputs, and how much each site's error moves the model's output."""
+
+from .divergence import divergence
+from .moments import Collector, Moments
+from .store import SiteStatistics, Statistics
+
+__all__ = ["Collector", "Moments", "SiteStatistics", "Statistics", "divergence"]

@@ -1,0 +1,118 @@
+"""Statistics of a model's sites: what calibration leaves behind, savable and independent of the door."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from ..files import atomic_write
+from ..ir import Remark, Site, assign
+
+__all__ = ["SiteStatistics", "Statistics"]
+
+_FORMAT = "tdc-statistics"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What is known of one site: which second moment is its input's, over how many rows, and how much its error matters.
+
+    ``sensitivity`` is the change of the model's output per unit of relative squared error of the site (see
+    :func:`tdc.calibrate`).
+    """
+
+    site: Site
+    moment: int
+    rows: int
+    sensitivity: float
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Input second moments ``S = E[x x^T]`` (i, i) and means ``E[x]`` (i), float32, with the sites that read them.
+
+    One file serves every door: sites are recognised by their weights. ``digest`` identifies the content; plans record it.
+    """
+
+    sites: tuple[SiteStatistics, ...]
+    moments: tuple[Tensor, ...]
+    means: tuple[Tensor, ...]
+    batches: int = 1
+    remarks: tuple[Remark, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over sketches, sensitivities and moments (names do not count)."""
+        state = hashlib.sha256()
+        for entry in self.sites:
+            key = [entry.site.kind.value, entry.site.sizes, entry.site.sketch, entry.moment, entry.rows, entry.sensitivity]
+            state.update(json.dumps(key).encode())
+        for tensor in (*self.moments, *self.means):
+            state.update(tensor.contiguous().numpy().tobytes())
+        return state.hexdigest()
+
+    def of(self, sites: Sequence[Site]) -> dict[int, SiteStatistics]:
+        """``site.order`` -> statistics, for those of ``sites`` that these statistics know."""
+        known = {id(entry.site): entry for entry in self.sites}
+        found = assign(sites, [entry.site for entry in self.sites])
+        return {site.order: known[id(match)] for site, match in zip(sites, found, strict=True) if match is not None}
+
+    def second_moment(self, entry: SiteStatistics) -> Tensor:
+        """(i, i), float64."""
+        return self.moments[entry.moment].double()
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, all or nothing. Raises DestinationError."""
+        from safetensors.torch import save
+
+        tensors = {f"moment.{k}": tensor for k, tensor in enumerate(self.moments)}
+        tensors |= {f"mean.{k}": tensor for k, tensor in enumerate(self.means)}
+        rows = [_entry_out(entry) for entry in self.sites]
+        remarks = [[r.site, r.stage, r.reason] for r in self.remarks]
+        head = {"format": _FORMAT, "version": _VERSION, "batches": self.batches, "sites": rows, "remarks": remarks}
+        atomic_write(path, save(tensors, metadata={"tdc": json.dumps(head)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what :meth:`save` wrote. Raises CalibrationError."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                head = json.loads((file.metadata() or {}).get("tdc", "{}"))
+                if head.get("format") != _FORMAT or head.get("version") != _VERSION:
+                    raise CalibrationError(f"{path} is not a TDC statistics file of version {_VERSION}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            sites = tuple(_entry_in(row) for row in head["sites"])
+            moments = tuple(tensors[f"moment.{k}"] for k in range(1 + max((e.moment for e in sites), default=-1)))
+            means = tuple(tensors[f"mean.{k}"] for k in range(len(moments)))
+        except FileNotFoundError as error:
+            raise CalibrationError(f"there is no statistics file {path}") from error
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CalibrationError):
+                raise
+            raise CalibrationError(f"the statistics file {path} cannot be read: {error}") from error
+        for entry in sites:
+            width = entry.site.axes.get("i")
+            if moments[entry.moment].shape != (width, width) or not bool(torch.isfinite(moments[entry.moment]).all()):
+                raise CalibrationError(f"the statistics file {path} holds a wrong second moment for {entry.site.name}")
+        return cls(sites, moments, means, int(head.get("batches", 1)), tuple(Remark(*row) for row in head.get("remarks", [])))
+
+
+def _entry_out(entry: SiteStatistics) -> dict[str, Any]:
+    fields = {"moment": entry.moment, "rows": entry.rows, "sensitivity": entry.sensitivity}
+    return {**entry.site.to_dict(), **fields}
+
+
+def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
+    return SiteStatistics(Site.from_dict(row), int(row["moment"]), int(row["rows"]), float(row["sensitivity"]))
