@@ -24,8 +24,8 @@ _FORMS = (
 def read_batches(calibration: Any, inputs: Sequence[ir.Value]) -> Iterator[Batch]:
     """Batches as onnxruntime takes them. ``inputs`` are those of the graph; one with a default value may be left out.
 
-    Entries of a tuple beyond the inputs are dropped, so the labels of a data loader do no harm. Raises CalibrationError for
-    data of a wrong type at once, and for a batch that does not fit when it comes.
+    Entries of a tuple beyond the inputs are dropped, so the labels of a data loader do no harm. Raises CalibrationError
+    for data of a wrong type at once, and for a batch that does not fit when it comes.
     """
     items = _items(calibration)
     return _checked(items, inputs)

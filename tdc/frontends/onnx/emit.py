@@ -73,9 +73,10 @@ class Emitter:
         for use in uses:
             _Line(self, use, block, store).write()
         for use in uses:
-            self._sweep(use)
+            self.sweep(use)
 
-    def _sweep(self, use: Use) -> None:
+    def sweep(self, use: Use) -> None:
+        """Remove the stored weight of a use, and the nodes on its way, as far as nothing reads them any more."""
         for node in reversed(use.chain):
             if node.graph is not None and not _is_read(node.outputs[0]):
                 self.graph.remove(node, safe=True)

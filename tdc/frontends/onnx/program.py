@@ -18,6 +18,7 @@ from .calibration import Batch, read_batches
 from .emit import Emitter, check_block
 from .load import REMARKS
 from .match import Match, Use, find_sites
+from .names import unique_name
 from .runtime import Session, first_line, free_names, ort_errors
 from .tensors import array, constant_tensor, graphs, stored, to_numpy, to_torch
 
@@ -31,6 +32,17 @@ class _Replacement:
     factors: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Fed:
+    """A weight as an input of the running model: its site, its orientation, and what is fed by default."""
+
+    order: int
+    stored_oi: bool
+    name: str
+    dense: np.ndarray
+    dtype: ir.DataType
+
+
 class OnnxProgram:
     """A loaded model, implementing :class:`tdc.frontends.program.Program`. The model itself is never changed."""
 
@@ -41,7 +53,7 @@ class OnnxProgram:
         self._found: tuple[tuple[Match, ...], tuple[Remark, ...]] | None = None
         self._replacements: dict[int, _Replacement] = {}
         self._tapped: dict[tuple[int, ...], tuple[Session, tuple[str, ...]]] = {}
-        self._open: Session | None = None
+        self._open: tuple[Session, tuple[_Fed, ...]] | None = None
 
     @property
     def _matches(self) -> tuple[Match, ...]:
@@ -98,18 +110,15 @@ class OnnxProgram:
     def outputs(self, batch: Batch, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Floating outputs by name, with ``weights`` (canonical, by site order) in place of the stored ones."""
         if self._open is None:
-            self._open = Session(self._with_weight_inputs())
+            model, fed = self._with_weight_inputs()
+            self._open = (Session(model), fed)
+        session, fed = self._open
         feeds: dict[str, Any] = dict(batch)
-        for order, match in enumerate(self._matches):
-            for root, flipped in match.roots.items():
-                tensor = _tensor(root)
-                if order in weights:
-                    canonical = weights[order]
-                    feeds[root.name or ""] = to_numpy(canonical.T if flipped else canonical, tensor.dtype)
-                else:
-                    feeds[root.name or ""] = array(tensor)
+        for entry in fed:
+            new = weights.get(entry.order)
+            feeds[entry.name] = entry.dense if new is None else to_numpy(new if entry.stored_oi else new.T, entry.dtype)
         names = [value.name or "" for value in self.model.graph.outputs]
-        values = self._run(self._open, names, feeds)
+        values = self._run(session, names, feeds)
         floating = (isinstance(value, np.ndarray) and value.dtype.kind == "f" for value in values)
         return {name: to_torch(value) for name, value, keep in zip(names, values, floating, strict=True) if keep}
 
@@ -137,22 +146,27 @@ class OnnxProgram:
             self._tapped[orders] = (Session(copy), names)
         return self._tapped[orders]
 
-    def _with_weight_inputs(self) -> ir.Model:
-        """The dense model with the weights of all sites as inputs, stored as in the file."""
+    def _with_weight_inputs(self) -> tuple[ir.Model, tuple[_Fed, ...]]:
+        """The dense model with the weights of all sites as inputs, in the orientation that each operator reads.
+
+        The Transpose nodes on the way are left out: onnxruntime 1.32 gives wrong numbers where it fuses one with the
+        product of a matrix and a vector, which it does for weights that are not constant.
+        """
         copy, values = self._clone()
-        for match in self._matches:
-            for root in match.roots:
-                old, tensor = values[root], _tensor(root)
-                shape, name = ir.Shape(tensor.shape.numpy()), old.name or ""
-                fed = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype))
-                old.replace_all_uses_with(fed)
-                producer = old.producer()
-                if producer is not None:
-                    copy.graph.remove(producer, safe=True)
-                else:
-                    del copy.graph.initializers[name]
-                copy.graph.inputs.append(fed)
-        return copy
+        nodes = dict(zip(self.model.graph, copy.graph, strict=True))
+        names = Emitter(copy).values
+        fed: dict[tuple[int, bool], tuple[_Fed, ir.Value]] = {}
+        for order, match in enumerate(self._matches):
+            for use in match.uses:
+                key = (order, use.linear.stored_oi)
+                if key not in fed:
+                    fed[key] = _weight_input(use, order, unique_name(f"tdc.weight.{order}", names))
+                    copy.graph.inputs.append(fed[key][1])
+                nodes[use.node].replace_input_with(1 - use.linear.data, fed[key][1])
+        emitter = Emitter(copy)
+        for use in (use for match in self._matches for use in match.uses):
+            emitter.sweep(_moved(use, nodes, values))
+        return copy, tuple(entry for entry, _ in fed.values())
 
     def _clone(self) -> tuple[ir.Model, dict[ir.Value, ir.Value]]:
         """A copy of the model that shares its tensors, and which value of it stands for which of the main graph."""
@@ -207,17 +221,25 @@ class OnnxProgram:
         nodes = dict(zip(self.model.graph, copy.graph, strict=True))
         emitter = Emitter(copy)
         for _, noted in sorted(self._replacements.items()):
-            uses = tuple(
-                replace(
-                    use,
-                    node=nodes[use.node],
-                    root=values[use.root],
-                    chain=tuple(nodes[node] for node in use.chain),
-                )
-                for use in noted.match.uses
-            )
+            uses = tuple(_moved(use, nodes, values) for use in noted.match.uses)
             emitter.replace(uses, noted.block, noted.factors, noted.match.site.name)
         return copy
+
+
+def _moved(use: Use, nodes: Mapping[ir.Node, ir.Node], values: Mapping[ir.Value, ir.Value]) -> Use:
+    """The same use in a copy of the model."""
+    chain = tuple(nodes[node] for node in use.chain)
+    return replace(use, node=nodes[use.node], root=values[use.root], chain=chain)
+
+
+def _weight_input(use: Use, order: int, name: str) -> tuple[_Fed, ir.Value]:
+    """An input for the weight as ``use`` reads it; dense entries are copied only if stored transposed."""
+    tensor = _tensor(use.root)
+    dense = array(tensor)
+    turned = use.flipped == use.linear.stored_oi
+    dense = np.ascontiguousarray(dense.T) if turned else dense
+    fed = _Fed(order, use.linear.stored_oi, name, dense, tensor.dtype)
+    return fed, ir.Value(name=name, shape=ir.Shape(dense.shape), type=ir.TensorType(tensor.dtype))
 
 
 def _tensor(root: ir.Value) -> ir.TensorProtocol:

@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,11 +153,12 @@ class _Workplace:
         """Move the model to its name: from here on everything stays."""
         os.replace(temporary, self.destination)
         self.made.clear()
-        descriptor = os.open(self.destination.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):  # the file is complete and in place; some file systems cannot flush a folder
+            descriptor = os.open(self.destination.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _write_tensors(model: ir.Model, place: _Workplace) -> None:

@@ -139,8 +139,12 @@ def graph_of(nodes: list[onnx.NodeProto], tensors: dict[str, np.ndarray]) -> onn
 
 PASSED_OVER: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, str]]] = {
     "conv": ([linear("Conv", ["im", "w"])], {"w": np.ones((3, 2, 1, 1), F)}, {"w": "Conv: not handled"}),
-    "stacked": ([linear("MatMul", ["x", "w"])], {"w": np.ones((2, 6, 3), F)}, {"w": "MatMul: the weight has rank 3, not 2"}),
-    "bias": ([linear("Add", ["x", "w"])], {"w": np.ones((3, 6), F)}, {"w": "Add: not handled"}),
+    "stacked": (
+        [linear("MatMul", ["x", "w"])],
+        {"w": np.ones((2, 6, 3), F)},
+        {"w": "MatMul: the weight has rank 3, not 2"},
+    ),
+    "bias": ([linear("Add", ["x", "w"])], {"w": np.ones((5, 6), F)}, {"w": "Add: not handled"}),
     "mask": ([linear("Add", ["x", "w"])], {"w": np.ones((1, 6), F)}, {}),
     "cast": (
         [helper.make_node("Cast", ["w"], ["v"], to=TensorProto.FLOAT), linear("MatMul", ["x", "v"])],
@@ -152,7 +156,11 @@ PASSED_OVER: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[s
         {"v": matrix(6, 5), "w": matrix(5, 4)},
         {"v": "MatMul: both operands are constant", "w": "MatMul: both operands are constant"},
     ),
-    "rank 1": ([linear("MatMul", ["x", "w"])], {"w": matrix(6, 1)}, {"w": "the weight of shape [1, 6] has rank 1 already"}),
+    "rank 1": (
+        [linear("MatMul", ["x", "w"])],
+        {"w": matrix(6, 1)},
+        {"w": "the weight of shape [1, 6] has rank 1 already"},
+    ),
     "empty": ([linear("MatMul", ["x", "w"])], {"w": matrix(6, 0)}, {"w": "the weight of shape [0, 6] has no entries"}),
     "nan": (
         [linear("MatMul", ["x", "w"])],
@@ -219,9 +227,8 @@ def test_names_from_the_notes_of_exporters(build: Build, opened: Opened) -> None
         helper.make_node("MatMul", ["a", "val_2"], ["b"], name="n2"),
         helper.make_node("MatMul", ["b", "onnx::MatMul_3"], ["y"], name="/encoder/layer.0/query/MatMul"),
     ]
-    proto = build(
-        nodes, {"x": (F, ["b", 6])}, {"y": F}, {n: matrix(6, 6, k) for k, n in enumerate(["val_1", "val_2", "onnx::MatMul_3"])}
-    )
+    tensors = {name: matrix(6, 6, k) for k, name in enumerate(["val_1", "val_2", "onnx::MatMul_3"])}
+    proto = build(nodes, {"x": (F, ["b", 6])}, {"y": F}, tensors)
     helper.set_model_props(proto, {"kept": "yes"})
     notes = {
         "pkg.torch.onnx.name_scopes": "['', 'block', 'block.fc', 'linear']",

@@ -1,0 +1,188 @@
+"""The command ``tdc``: plan, compress, calibrate, report, list, demo.
+
+Exit status: 0 done; 2 refused (the message says why, nothing was written); 5 a result failed its check; 6 an output could not be
+written; 70 a bug in TDC; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from ._clash import check
+
+check()
+
+import argparse  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    _forget_checkout()
+    from .errors import TdcError
+
+    try:
+        options.run(options)
+        return 0
+    except TdcError as error:
+        print(f"tdc: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("tdc: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"tdc: internal error, {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 70
+
+
+def _forget_checkout() -> None:
+    """Take a checkout's root off the import path: other packages look for an optional 'kernels', and would find our folder."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "kernels").is_dir():
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tdc", description="A tensor decomposition compiler for neural networks.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    plan = commands.add_parser("plan", help="decide and print, cut nothing")
+    plan.add_argument("model", help="an ONNX file")
+    plan.add_argument("-o", "--output", help="write the plan to this file (JSON)")
+    _deciding(plan, required=True)
+    plan.set_defaults(run=_plan)
+
+    compress = commands.add_parser("compress", help="write a smaller ONNX file")
+    compress.add_argument("model", help="an ONNX file")
+    compress.add_argument("destination", help="the file to write")
+    compress.add_argument("--plan", help="apply this plan file instead of a budget")
+    _deciding(compress, required=False)
+    compress.set_defaults(run=_compress)
+
+    calibrate = commands.add_parser("calibrate", help="gather statistics for plan and compress")
+    calibrate.add_argument("model", help="an ONNX file")
+    calibrate.add_argument("data", help="an .npz file or a folder of them, arrays named as the inputs")
+    calibrate.add_argument("-o", "--output", required=True, help="the statistics file to write")
+    _common(calibrate)
+    calibrate.set_defaults(run=_calibrate)
+
+    report = commands.add_parser("report", help="what TDC did to an .onnx or .tdc file")
+    report.add_argument("file")
+    report.add_argument("--json", action="store_true")
+    report.set_defaults(run=_report)
+
+    listing = commands.add_parser("list", help="decompositions, targets, passes")
+    listing.add_argument("what", choices=("decompositions", "targets", "passes"))
+    listing.set_defaults(run=_list)
+
+    demo = commands.add_parser("demo", help="compress a real sentence encoder, with figures")
+    demo.add_argument("--budget", default="params=0.6", help="default: params=0.6")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=16, help="examples per batch of a single .npz file (default 16)")
+    parser.add_argument("--exclude", action="append", default=[], metavar="SITE", help="site or pattern to leave dense")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _deciding(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--budget", required=required, help="what may stay, e.g. params=0.5 or params=0.5,macs=0.6")
+    parser.add_argument("--calibration", metavar="DATA", help="an .npz file or a folder of them, arrays named as the inputs")
+    parser.add_argument("--statistics", metavar="FILE", help="what 'tdc calibrate' wrote")
+    parser.add_argument("--metric", default="auto", help="weight, input or auto (default)")
+    parser.add_argument("--target", default="auto", help="see 'tdc list targets'")
+    parser.add_argument("--allow", action="append", metavar="NAME", help="decomposition to choose from (default: all)")
+    parser.add_argument("--allocation", default="lagrangian", help="lagrangian (default) or uniform")
+    _common(parser)
+
+
+def _keywords(options: argparse.Namespace) -> dict[str, Any]:
+    from .data import NpzBatches
+
+    data = NpzBatches(options.calibration, options.batch) if options.calibration else None
+    names = ("budget", "statistics", "metric", "target", "allow", "exclude", "allocation", "seed")
+    keywords = {name: getattr(options, name) for name in names}
+    return {**keywords, "calibration": data, "progress": not options.quiet}
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .api import plan
+    from .files import atomic_write, checked_destination
+
+    if options.output:
+        checked_destination(options.output)
+    made = plan(options.model, **_keywords(options))
+    print(made)
+    if options.output:
+        atomic_write(options.output, made.to_json().encode())
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from .api import compress_onnx
+
+    made = compress_onnx(options.model, options.destination, plan=options.plan, **_keywords(options))
+    print(made)
+    before, after = Path(options.model).stat().st_size, Path(options.destination).stat().st_size
+    print(f"\nfile: {before:,} -> {after:,} bytes, keep {after / before:.4f}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from .api import calibrate
+    from .data import NpzBatches
+    from .files import checked_destination
+
+    checked_destination(options.output)
+    batches = NpzBatches(options.data, options.batch)
+    keywords = {"exclude": options.exclude, "seed": options.seed, "progress": not options.quiet}
+    statistics = calibrate(options.model, batches, **keywords)
+    statistics.save(options.output)
+    print(f"statistics of {len(statistics.sites)} sites from {statistics.batches} batches, digest {statistics.digest[:12]}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .api import report
+
+    made = report(options.file)
+    print(made.to_json() if options.json else made)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from . import decompositions, targets
+    from .ir.text import format_table
+    from .passes.pipeline import COMPRESSING
+
+    if options.what == "decompositions":
+        found = [decompositions.get(name) for name in decompositions.names()]
+        rows = [(d.name, ", ".join(sorted(k.value for k in d.kinds)), d.summary, *_equations(d)) for d in found]
+        print(format_table(("name", "layers", "good for", "equation"), rows, left=4))
+    elif options.what == "targets":
+        print(format_table(("name", "what"), [(n, targets.get(n).summary) for n in targets.names()], left=2))
+    else:
+        rows = [(p.name, ((type(p).__doc__ or "").strip().splitlines() or [""])[0]) for p in COMPRESSING]
+        print(format_table(("name", "what"), rows, left=2))
+
+
+def _equations(decomposition: Any) -> tuple[str]:
+    return (" or ".join(decomposition.equations.values()),)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import run
+
+    run(options.budget)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
