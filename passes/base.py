@@ -42,6 +42,8 @@ class Unit:
     factors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     errors: Mapping[int, SiteErrors] = field(default_factory=dict)
     blocks: Mapping[int, Block] = field(default_factory=dict)
+    output_orders: Mapping[int, Tensor] = field(default_factory=dict)
+    """For sites whose gather is folded: entry k of the output that they give is entry ``order[k]`` of the dense one."""
     remarks: tuple[Remark, ...] = ()
     result: Any = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tdc import decompositions
-from tdc.errors import CalibrationError, PlanError
+from tdc.errors import CalibrationError, OptionError, PlanError
 from tdc.ir import Candidate, Plan, Remark, Site, assign
 from tdc.planning.cost import block_cost, dense_cost
 
@@ -57,10 +57,13 @@ def _bound(choice: Candidate, site: Site, unit: Unit) -> Candidate:
     batches = unit.statistics.batches if unit.statistics is not None else 1
     rows = entry.rows / batches if entry is not None else float(site.uses)
     full = dense_cost(site, rows)
-    here = replace(choice, site=site, cost=full, dense_cost=full)
+    here = replace(choice, site=site, cost=full, dense_cost=full, folded=False)
     if choice.is_dense:
         return here
-    decomposition = decompositions.get(choice.decomposition)
+    try:
+        decomposition = decompositions.get(choice.decomposition)
+    except OptionError as error:
+        raise PlanError(f"{site.name}: {error}") from error
     if site.kind not in decomposition.kinds:
         raise PlanError(f"{site.name}: {choice.decomposition} does not apply to {site.kind.value} sites")
     try:

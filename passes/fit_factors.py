@@ -56,11 +56,15 @@ def left_dense(unit: Unit, failed: Mapping[int, Remark]) -> Unit:
         return unit
     plan: Plan | None = unit.plan
     assert plan is not None
-    choices = tuple(_dense(c) if c.site.order in failed else c for c in plan.choices)
+    reads = {site.order: site.pointwise_consumer for site in unit.sites}
+    choices = tuple(
+        _dense(c) if c.site.order in failed else replace(c, folded=c.folded and reads[c.site.order] not in failed)
+        for c in plan.choices
+    )
     unit = unit.remarking(*failed.values())
     factors = {order: f for order, f in unit.factors.items() if order not in failed}
     return unit.having(plan=replace(plan, choices=choices, remarks=unit.remarks), factors=factors)
 
 
 def _dense(choice: Candidate) -> Candidate:
-    return replace(choice, decomposition=DENSE, variant="", ranks=(), error=0.0, cost=choice.dense_cost)
+    return replace(choice, decomposition=DENSE, variant="", ranks=(), folded=False, error=0.0, cost=choice.dense_cost)

@@ -15,6 +15,7 @@ from .check_error import CheckError
 from .choose_plan import ChoosePlan
 from .find_sites import FindSites
 from .fit_factors import FitFactors
+from .fold_permutations import FoldPermutations
 from .group_sites import GroupSites
 from .lower_blocks import LowerBlocks
 from .propose_layouts import ProposeLayouts
@@ -22,10 +23,10 @@ from .rewrite_graph import RewriteGraph
 
 __all__ = ["APPLYING", "COMPRESSING", "PLANNING", "REALIZING", "Pipeline"]
 
-PLANNING: tuple[Pass, ...] = (FindSites(), GroupSites(), Calibrate(), ProposeLayouts(), ChoosePlan())
+PLANNING: tuple[Pass, ...] = (FindSites(), GroupSites(), Calibrate(), ProposeLayouts(), ChoosePlan(), FoldPermutations())
 REALIZING: tuple[Pass, ...] = (FitFactors(), CheckError(), LowerBlocks(), RewriteGraph())
 COMPRESSING = PLANNING + REALIZING
-APPLYING = (FindSites(), GroupSites(), Calibrate(), BindPlan(), *REALIZING)
+APPLYING = (FindSites(), GroupSites(), Calibrate(), BindPlan(), FoldPermutations(), *REALIZING)
 
 Hook = Callable[[Pass, Unit, float], None]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tdc import decompositions
+from tdc.ir.block import without_gather
 from tdc.ir import DENSE, Block, Candidate, Decline, Layout, Metric, OpKind, Remark, Site
 from tdc.planning.budget import QUANTITIES
 from tdc.planning.cost import block_cost, dense_cost
@@ -73,7 +74,8 @@ def lowered(target: Target, candidate: Candidate) -> tuple[Layout, Block | Decli
     """The layout of a candidate that is not dense, and its block on the target. Raises ValueError for impossible ranks."""
     site = candidate.site
     layout = _layout(candidate.decomposition, site.sizes, candidate.ranks, candidate.variant)
-    return layout, target.lower(layout, contraction_paths(site.kind, layout))
+    block = target.lower(layout, contraction_paths(site.kind, layout))
+    return layout, without_gather(block) if candidate.folded and block else block
 
 
 def _candidates(

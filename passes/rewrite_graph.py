@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdc.frontends.program import Replacement
+
 from .base import Pass, Unit
 
 __all__ = ["RewriteGraph"]
@@ -22,7 +24,6 @@ class RewriteGraph(Pass):
         for choice in unit.plan.choices:
             order = choice.site.order
             if order in unit.blocks:
-                block = unit.blocks[order]
-                factors = {name: unit.factors[order][name] for name, _ in block.factors}
-                unit.program.replace(choice.site, block, factors, choice.decomposition)
+                new = Replacement(unit.blocks[order], unit.factors[order], choice.decomposition, unit.output_orders.get(order))
+                unit.program.replace(choice.site, new)
         return unit.having(result=unit.program.finish())

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import targets
 from .archive import RECORD, load, note_in_config, save
-from .errors import DestinationError, ModelError, OptionError
+from .errors import CalibrationError, DestinationError, ModelError, OptionError
 from .frontends.nn import FactoredLinear, NnProgram
 from .ir import Cost, Plan
 from .options import Options
@@ -157,7 +157,7 @@ def compress(
         raise ModelError(f"compress takes a torch.nn.Module; got {type(model).__name__} (for ONNX files: compress_onnx)")
     example, calibration = _peek(example_inputs, calibration)
     options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
-    program = NnProgram(model, example, inplace=inplace)
+    program = _open(model, example, inplace=inplace)
     before = program.cost()
     unit = _compressed(_unit(program, options, calibration, statistics, probe), plan)
     small: M = unit.result
@@ -261,14 +261,14 @@ def _options(
     return Options(budget, metric, target, allowed, excluded, allocation, seed, progress)
 
 
-def _open(model: nn.Module | str | Path, example: Any) -> Program:
+def _open(model: nn.Module | str | Path, example: Any, *, inplace: bool = False) -> Program:
     if isinstance(model, (str, Path)):
         from .frontends.onnx import OnnxProgram, load_model
 
         return OnnxProgram(load_model(Path(model)), Path(model))
     if example is None:
         raise OptionError("give example_inputs= (a tuple or a dict of keywords), or calibration data")
-    return NnProgram(model, example)
+    return NnProgram(model, example, inplace=inplace)
 
 
 def _peek(example: Any, batches: Any) -> tuple[Any, Any]:
@@ -281,7 +281,9 @@ def _peek(example: Any, batches: Any) -> tuple[Any, Any]:
         return batches, batches
     iterator = iter(batches)
     first = next(iterator, None)
-    if iterator is batches and first is not None:
+    if first is None:
+        raise CalibrationError("the calibration data is empty: it gave no batch")
+    if iterator is batches:
         batches = chain([first], iterator)
     return first, batches
 

@@ -103,7 +103,7 @@ class Report:
             data["remarks"] = tuple(Remark(**row) for row in data["remarks"])
             data["model_before"], data["model_after"] = Cost(**data["model_before"]), Cost(**data["model_after"])
             return cls(**data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(f"the report cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,13 +12,27 @@ from torch import Tensor
 
 from ..ir import Block, Cost, Remark, Site
 
-__all__ = ["Program", "Tap", "head", "passed_over_weight", "sketch"]
+__all__ = ["Program", "Replacement", "Tap", "head", "passed_over_weight", "sketch"]
 
 Tap = Callable[[Site, Tensor], None]
 """Called with a site and the activation that enters it: any leading axes, the site's input axis last."""
 
 _ENTRIES = 8
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """What takes the place of a site: its block, the factors in the dtype in which they are stored, and their origin.
+
+    ``output_order``: entry k of the output that the block gives is entry ``output_order[k]`` of the dense one, and the site that
+    reads it expects that; a bias between the two must be put in that order. None: the dense order.
+    """
+
+    block: Block
+    factors: Mapping[str, Tensor]
+    decomposition: str
+    output_order: Tensor | None = None
 
 
 class Program(Protocol):
@@ -50,8 +65,8 @@ class Program(Protocol):
     def cost(self) -> Cost:
         """Parameters and bytes of the whole model; ``macs`` is 0 (see the report for those of the sites)."""
 
-    def replace(self, site: Site, block: Block, factors: Mapping[str, Tensor], decomposition: str) -> None:
-        """Note that all uses of ``site`` become ``block``. ``factors`` have the dtype that is to be stored."""
+    def replace(self, site: Site, new: Replacement) -> None:
+        """Note that all uses of ``site`` are to be replaced."""
 
     def finish(self) -> Any:
         """Cut all noted replacements in, all or none, and give back the new model."""

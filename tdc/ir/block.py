@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from .equation import Equation
 
-__all__ = ["PRIMITIVES", "Block", "Op"]
+__all__ = ["PRIMITIVES", "Block", "Op", "without_gather"]
 
 PRIMITIVES = ("matmul", "take", "concat", "add")
 
@@ -64,3 +64,13 @@ class Block:
         shapes = ", ".join(f"{name}{list(shape)}" for name, shape in self.factors)
         lines = [f"block({self.input}; {shapes})", *(f"  {op}" for op in self.ops), f"  return {self.output}"]
         return "\n".join(lines)
+
+
+def without_gather(block: Block) -> Block:
+    """The block without the gather that ends it; its output then comes in the order of the stack."""
+    *ops, last = block.ops
+    if last.kind != "take" or last.output != block.output:
+        raise ValueError(f"the block does not end in a gather: {last}")
+    used = {name for op in ops for name in op.inputs}
+    factors = tuple((name, shape) for name, shape in block.factors if name in used)
+    return Block(factors, tuple(ops), last.inputs[0], block.sizes, block.input)

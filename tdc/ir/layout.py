@@ -129,10 +129,5 @@ class Layout:
         axes = self.axes
         return sum(math.prod(term.shape(axes)) for term in self.rebuild.factors.values())
 
-    def bytes(self, itemsize: int) -> int:
-        """Bytes stored, the index factor included."""
-        index = self.axes[self.rebuild.join] * INDEX_BYTES if self.rebuild.index else 0
-        return self.params * itemsize + index
-
     def __str__(self) -> str:
         return f"{self.rebuild} with {' '.join(f'{axis}={size}' for axis, size in self.sizes)}"

@@ -47,6 +47,8 @@ class Candidate:
     sensitivity: float = field(default=1.0, compare=False)
     cost: Cost = field(default=Cost(0, 0, 0), compare=False)
     dense_cost: Cost = field(default=Cost(0, 0, 0), compare=False)
+    folded: bool = field(default=False, compare=False)
+    """The output comes in the order of the stack: its gather is folded into the site that reads it."""
 
     @property
     def is_dense(self) -> bool:
@@ -107,7 +109,7 @@ class Plan:
         """Read what :meth:`to_json` wrote, or a person edited. Raises PlanError with the place and the reason."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise PlanError(f'not a TDC plan: the key "format" must be "{_FORMAT}"')
@@ -156,6 +158,7 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
         "decomposition": candidate.decomposition,
         "variant": candidate.variant,
         "ranks": dict(candidate.ranks),
+        "folded": candidate.folded,
         "error": candidate.error,
         "sensitivity": candidate.sensitivity,
         "cost": _cost_out(candidate.cost),
@@ -167,6 +170,9 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
 def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
     if not isinstance(row, dict):
         raise PlanError(f"site {position} of the plan is not an object")
+    known = {"name", "decomposition", "variant", "ranks", "folded", "error", "sensitivity", "cost", "dense_cost", "site"}
+    if unknown := sorted(set(row) - known):
+        raise PlanError(f"unknown keys in site {position} ({row.get('name', 'no name')!r}) of the plan: {unknown}")
     try:
         return Candidate(
             site=Site.from_dict(row["site"]),
@@ -177,6 +183,7 @@ def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
             sensitivity=float(row.get("sensitivity", 1.0)),
             cost=_cost_in(row.get("cost")),
             dense_cost=_cost_in(row.get("dense_cost")),
+            folded=bool(row.get("folded", False)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         where = f"site {position} ({row.get('name', 'no name')!r}) of the plan"

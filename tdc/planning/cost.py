@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from ..ir import Block, Cost, Layout, Site
+from ..ir.layout import INDEX_BYTES
 
 __all__ = ["ITEMSIZE", "block_cost", "dense_cost"]
 
@@ -15,5 +18,7 @@ def dense_cost(site: Site, rows: float) -> Cost:
 
 
 def block_cost(site: Site, layout: Layout, block: Block, rows: float) -> Cost:
-    """Cost of ``block``: parameters and bytes from the layout, multiply-adds counted in the block's own steps."""
-    return Cost(layout.params, layout.bytes(ITEMSIZE[site.dtype]), block.macs * rows)
+    """Cost of ``block``: what its factors store (index factors are bytes, not parameters), multiply-adds of its steps."""
+    real = sum(math.prod(shape) for name, shape in block.factors if name in layout.rebuild.factors)
+    index = sum(math.prod(shape) for name, shape in block.factors if name == layout.rebuild.index)
+    return Cost(real, real * ITEMSIZE[site.dtype] + index * INDEX_BYTES, block.macs * rows)

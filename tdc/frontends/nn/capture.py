@@ -35,22 +35,44 @@ class Capture:
 
     def pointwise_consumer(self, use: Use) -> int | None:
         """Position of the one linear operator that reads this one's output through elementwise functions only."""
-        node = use.node
-        while True:
-            if len(node.users) != 1:
-                return None
-            (user,) = node.users
-            if _is_linear(user, node):
-                found = [u for uses in self.uses.values() for u in uses if u.node is user]
-                return found[0].position if found else None
-            if str(user.target) not in _POINTWISE or [a for a in user.all_input_nodes if a is not node]:
-                return None
-            node = user
+        inside, frontier, readers = {use.node}, [use.node], set()
+        while frontier:
+            node = frontier.pop()
+            for user in node.users:
+                if _is_linear(user, node):
+                    readers.add(user)
+                elif not _passes(user, node):
+                    return None
+                elif user not in inside:
+                    inside.add(user)
+                    frontier.append(user)
+        others = (a for node in inside - {use.node} for a in node.all_input_nodes if a not in inside)
+        if len(readers) != 1 or any(not _is_scalar(other) for other in others):
+            return None
+        reader = readers.pop()
+        return next((u.position for uses in self.uses.values() for u in uses if u.node is reader), None)
 
 
-_POINTWISE = {
-    f"aten.{name}.default" for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "elu", "hardtanh", "dropout", "clone", "neg")
-} | {"aten.mul.Tensor", "aten.add.Tensor", "aten.div.Tensor", "aten.pow.Tensor_Scalar", "aten.leaky_relu.default"}
+_POINTWISE = frozenset(
+    "add mul sub div neg pow abs relu gelu silu tanh sigmoid elu selu celu mish erf exp log sqrt rsqrt reciprocal hardtanh "
+    "hardswish hardsigmoid leaky_relu softplus softsign threshold clamp dropout clone contiguous".split()
+)
+_RESHAPES = frozenset("view reshape _unsafe_view flatten unflatten".split())
+
+
+def _passes(node: fx.Node, source: fx.Node) -> bool:
+    """An elementwise operator, or a reshape that leaves the last axis alone."""
+    _, _, name = str(node.target).partition("aten.")
+    name = name.partition(".")[0]
+    if name in _RESHAPES:
+        before, after = (n.meta.get("val") for n in (source, node))
+        return isinstance(before, Tensor) and isinstance(after, Tensor) and bool(before.shape[-1:] == after.shape[-1:])
+    return name in _POINTWISE
+
+
+def _is_scalar(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, Tensor) or value.ndim == 0
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture | Decline:

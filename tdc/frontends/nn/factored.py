@@ -82,6 +82,12 @@ class FactoredLinear(nn.Module):
         eye = torch.eye(self.in_features, dtype=some.dtype, device=some.device)
         return stored_orientation(self.__dict__["_skeleton"], self._run(eye, None).T)
 
+    def reorder_bias(self, order: Tensor) -> None:
+        """Put the bias in the order in which the block gives its output (a gather folded into the next layer)."""
+        if self.bias is not None:
+            reordered = self.bias.detach()[order.to(self.bias.device)].clone()
+            self.bias = nn.Parameter(reordered, requires_grad=self.bias.requires_grad)
+
     def forward(self, input: Tensor) -> Tensor:
         return self._run(input, self.bias)
 

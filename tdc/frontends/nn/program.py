@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CalibrationError, ModelError
-from ...ir import Block, Cost, Decline, OpKind, Remark, Site
-from ..program import Tap, passed_over_weight, sketch
+from ...ir import Cost, Decline, OpKind, Remark, Site
+from ..program import Replacement, Tap, passed_over_weight, sketch
 from .batches import Call, as_call, as_calls
 from .capture import Capture, Use, capture, floating_outputs
 from .factored import FactoredLinear, is_linear, linear_weight, stored_orientation
@@ -50,7 +50,7 @@ class NnProgram:
         self._example = as_call(model, example)
         self._weights = _stored_weights(model)
         self._by_order: dict[int, _Weight] = {}
-        self._replacements: dict[int, tuple[Site, Block, dict[str, Tensor], str]] = {}
+        self._replacements: dict[int, Replacement] = {}
 
     # ---- reading
 
@@ -71,7 +71,7 @@ class NnProgram:
         orders = {position: k for k, (position, *_) in enumerate(found)}
         sites = []
         for k, (_, weight, uses, use) in enumerate(found):
-            consumer = seen.pointwise_consumer(use) if use and isinstance(seen, Capture) else None
+            consumer = seen.pointwise_consumer(use) if use and isinstance(seen, Capture) and _unwatched(weight) else None
             site = replace(_site(k, weight, uses), pointwise_consumer=orders.get(consumer) if consumer is not None else None)
             self._by_order[k] = weight
             sites.append(site)
@@ -137,35 +137,42 @@ class NnProgram:
 
     # ---- cutting
 
-    def replace(self, site: Site, block: Block, factors: Mapping[str, Tensor], decomposition: str) -> None:
+    def replace(self, site: Site, new: Replacement) -> None:
         weight = self._by_order[site.order]
         for name, module in weight.modules.items():
             if not is_linear(module):
                 raise ModelError(f"{name} is no longer a linear module")
-        placed = {name: factor.to(weight.tensor.device) for name, factor in factors.items()}
-        self._replacements[site.order] = (site, block, placed, decomposition)
+        self._replacements[site.order] = new
 
     def finish(self) -> nn.Module:
         replaced = [self._by_order[order] for order in self._replacements]
         model = self.model if self.inplace else _copy_without(self.model, [w.tensor for w in replaced])
-        new: list[tuple[str, nn.Module]] = []
-        for order, (_, block, factors, decomposition) in self._replacements.items():
-            weight = self._by_order[order]
-            trainable = weight.tensor.requires_grad
-            shared = {
-                name: nn.Parameter(factor, requires_grad=trainable) if factor.is_floating_point() else factor
-                for name, factor in factors.items()
-            }
-            made: dict[int, FactoredLinear] = {}
-            for path in weight.modules:
-                module = model.get_submodule(path)
-                if id(module) not in made:
-                    made[id(module)] = FactoredLinear(module, block, shared, decomposition)
-                new.append((path, made[id(module)]))
-        for path, module in new:
+        swaps = [swap for order, new in self._replacements.items() for swap in _swaps(model, self._by_order[order], new)]
+        for path, module in swaps:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
         return model
+
+
+def _swaps(model: nn.Module, weight: _Weight, new: Replacement) -> list[tuple[str, nn.Module]]:
+    """Paths and new modules for all modules that hold the weight; tied ones share the factors."""
+    like = weight.tensor
+    factors = {
+        name: nn.Parameter(factor.to(like.device), requires_grad=like.requires_grad)
+        if factor.is_floating_point()
+        else factor.to(like.device)
+        for name, factor in new.factors.items()
+    }
+    made: dict[int, FactoredLinear] = {}
+    swaps: list[tuple[str, nn.Module]] = []
+    for path in weight.modules:
+        module = model.get_submodule(path)
+        if id(module) not in made:
+            made[id(module)] = FactoredLinear(module, new.block, factors, new.decomposition)
+            if new.output_order is not None:
+                made[id(module)].reorder_bias(new.output_order)
+        swaps.append((path, made[id(module)]))
+    return swaps
 
 
 def _site(order: int, weight: _Weight, uses: int) -> Site:
@@ -215,6 +222,11 @@ def _held_elsewhere(weight: _Weight) -> Decline | None:
     if len({is_linear(m) and linear_weight(m, weight.tensor).shape for m in weight.modules.values()}) > 1:
         return Decline("its uses disagree about which axis is the output")
     return None
+
+
+def _unwatched(weight: _Weight) -> bool:
+    """No hook looks at what goes into or comes out of its modules."""
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in weight.modules.values())
 
 
 Place = tuple[int, int, Use | None]

@@ -7,7 +7,7 @@ constant inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +74,16 @@ class Emitter:
             _Line(self, use, block, store).write()
         for use in uses:
             self.sweep(use)
+
+    def reorder(self, vectors: Iterable[tuple[ir.Node, int]], order: np.ndarray) -> None:
+        """Put constant vectors in a new order along their last axis; other readers of the same constants keep the old ones."""
+        for node, operand in vectors:
+            old = node.inputs[operand]
+            tensor = stored(old) if old is not None else None
+            assert old is not None and tensor is not None
+            values = np.ascontiguousarray(array(tensor)[..., order])
+            node.replace_input_with(operand, self.constant(f"{old.name}.tdc_reordered", values, tensor.dtype))
+            self.drop(old)
 
     def sweep(self, use: Use) -> None:
         """Remove the stored weight of a use, and the nodes on its way, as far as nothing reads them any more."""

@@ -12,10 +12,11 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ...errors import CalibrationError, PlanError, VerificationError
-from ...ir import Block, Cost, Remark, Site
-from ..program import Tap
+from ...ir import Cost, Remark, Site
+from ..program import Replacement, Tap
 from .calibration import Batch, read_batches
 from .emit import Emitter, check_block
+from .fold import consumers, regions
 from .load import REMARKS
 from .match import Match, Use, find_sites
 from .names import unique_name
@@ -23,13 +24,6 @@ from .runtime import Session, first_line, free_names, ort_errors
 from .tensors import array, constant_tensor, graphs, stored, to_numpy, to_torch
 
 __all__ = ["OnnxProgram"]
-
-
-@dataclass(frozen=True)
-class _Replacement:
-    match: Match
-    block: Block
-    factors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,14 +45,19 @@ class OnnxProgram:
     def __init__(self, model: ir.Model, source: Path | None = None) -> None:
         self.model, self.source = model, source
         self._found: tuple[tuple[Match, ...], tuple[Remark, ...]] | None = None
-        self._replacements: dict[int, _Replacement] = {}
+        self._replacements: dict[int, Replacement] = {}
         self._tapped: dict[tuple[int, ...], tuple[Session, tuple[str, ...]]] = {}
         self._open: tuple[Session, tuple[_Fed, ...]] | None = None
 
     @property
     def _matches(self) -> tuple[Match, ...]:
         if self._found is None:
-            self._found = find_sites(self.model)
+            matches, remarks = find_sites(self.model)
+            readers = consumers(matches)
+            matches = tuple(
+                replace(match, site=replace(match.site, pointwise_consumer=readers.get(k))) for k, match in enumerate(matches)
+            )
+            self._found = matches, remarks
         return self._found[0]
 
     def _match(self, order: int) -> Match:
@@ -197,22 +196,22 @@ class OnnxProgram:
                 yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
             yield from (tensor for node in graph if (tensor := constant_tensor(node)) is not None)
 
-    def replace(self, site: Site, block: Block, factors: Mapping[str, Tensor], decomposition: str) -> None:
-        """Note a replacement; the file does not record the name of its ``decomposition``.
+    def replace(self, site: Site, new: Replacement) -> None:
+        """Note a replacement; the file does not record the name of its decomposition.
 
         Raises VerificationError if the block cannot be written, or the factors do not fit it.
         """
         match = self._match(site.order)
-        check_block(block)
-        for name, shape in block.factors:
-            factor = factors.get(name)
+        check_block(new.block)
+        for name, shape in new.block.factors:
+            factor = new.factors.get(name)
             if factor is None or tuple(factor.shape) != shape:
                 given = "none" if factor is None else list(factor.shape)
                 raise VerificationError(f"{site.name}: factor {name!r} has shape {given}, not {list(shape)}")
             dtype = str(factor.dtype).removeprefix("torch.")
             if factor.is_floating_point() and dtype != match.site.dtype:
                 raise VerificationError(f"{site.name}: factor {name!r} has dtype {dtype}, not {match.site.dtype}")
-        self._replacements[site.order] = _Replacement(match, block, dict(factors))
+        self._replacements[site.order] = new
 
     def finish(self) -> ir.Model:
         """A new model with all noted replacements; everything else is as it was."""
@@ -220,9 +219,14 @@ class OnnxProgram:
         free_names(copy)
         nodes = dict(zip(self.model.graph, copy.graph, strict=True))
         emitter = Emitter(copy)
-        for _, noted in sorted(self._replacements.items()):
-            uses = tuple(_moved(use, nodes, values) for use in noted.match.uses)
-            emitter.replace(uses, noted.block, noted.factors, noted.match.site.name)
+        behind = regions(self._matches)
+        for order, new in sorted(self._replacements.items()):
+            match = self._matches[order]
+            if new.output_order is not None:
+                vectors = [(nodes[node], operand) for node, operand in behind[order].vectors]
+                emitter.reorder(vectors, new.output_order.numpy())
+            uses = tuple(_moved(use, nodes, values) for use in match.uses)
+            emitter.replace(uses, new.block, new.factors, match.site.name)
         return copy
 
 

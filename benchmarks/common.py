@@ -1,0 +1,59 @@
+"""What the benchmarks share: result rows, the machine they were measured on, and shared data where it is there."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import tdc
+
+__all__ = ["RESULTS", "shared_data", "write_rows"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def shared_data(name: str) -> Path:
+    """A file of the data folder beside the checkout; SystemExit with the reason where it is missing."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data" / name
+    if not path.exists():
+        raise SystemExit(f"skipped: this benchmark needs {name} in ../shared/data")
+    return path
+
+
+def write_rows(benchmark: str, rows: list[dict[str, object]]) -> None:
+    """Write ``results/<benchmark>.csv`` anew: the rows, each with the machine, the versions, the commit and the date."""
+    stamp = {
+        "processor": _processor(),
+        "torch": torch.__version__,
+        "tdc": tdc.__version__,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+    columns = list(dict.fromkeys(key for row in rows for key in row)) + list(stamp)
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{benchmark}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows({**row, **stamp} for row in rows)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit() -> str:
+    folder = Path(__file__).parent
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    dirty = subprocess.run(["git", "status", "--porcelain", "tdc", "passes", "kernels"], cwd=folder.parent, capture_output=True, text=True)
+    return answer.stdout.strip() + ("+" if dirty.stdout.strip() else "")

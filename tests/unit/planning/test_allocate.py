@@ -1,0 +1,162 @@
+"""Against the best of all combinations, which small problems let us enumerate."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tdc.errors import BudgetError
+from tdc.ir import Cost
+from tdc.planning.allocate import Option, allocate
+from tdc.planning.budget import Budget
+
+Problem = list[list[Option]]
+
+
+@st.composite
+def problems(draw: st.DrawFn, most_sites: int = 4) -> Problem:
+    """Sites as propose-layouts gives them: loss falls as cost rises, the dense option comes last and loses nothing."""
+    sites = []
+    for _ in range(draw(st.integers(1, most_sites))):
+        dense = draw(st.integers(20, 200))
+        costs = sorted(draw(st.sets(st.integers(1, dense - 1), min_size=1, max_size=6)))
+        losses = sorted((draw(st.floats(1e-6, 10)) for _ in costs), reverse=True)
+        factor = draw(st.integers(1, 5))
+        rows = [Option(Cost(c, 4 * c, c * factor), loss) for c, loss in zip(costs, losses, strict=True)]
+        sites.append([*rows, Option(Cost(dense, 4 * dense, dense * factor), 0.0)])
+    return sites
+
+
+def total(sites: Problem, chosen: tuple[int, ...] | list[int], key: str) -> float:
+    return sum(getattr(site[k].cost, key) for site, k in zip(sites, chosen, strict=True))
+
+
+def loss(sites: Problem, chosen: tuple[int, ...] | list[int]) -> float:
+    return sum(site[k].loss for site, k in zip(sites, chosen, strict=True))
+
+
+def limits(sites: Problem, budget: Budget) -> dict[str, float]:
+    return {key: keep * total(sites, [len(s) - 1 for s in sites], key) for key, keep in budget.limits}
+
+
+def keeps(sites: Problem, chosen: tuple[int, ...] | list[int], budget: Budget) -> bool:
+    return all(total(sites, chosen, key) <= limit for key, limit in limits(sites, budget).items())
+
+
+def enumerated(sites: Problem, budget: Budget) -> float | None:
+    """Least loss of all combinations within the budget, None if there is none."""
+    every = itertools.product(*(range(len(site)) for site in sites))
+    return min((loss(sites, chosen) for chosen in every if keeps(sites, chosen, budget)), default=None)
+
+
+def attempt(sites: Problem, budget: Budget) -> list[int] | None:
+    try:
+        return allocate(sites, budget)
+    except BudgetError:
+        return None
+
+
+@given(problems(), st.floats(0.05, 1))
+@settings(max_examples=150)
+def test_a_budget_is_kept_or_refused_for_good_reason(sites: Problem, keep: float) -> None:
+    budget = Budget((("params", keep),))
+    chosen = attempt(sites, budget)
+    assert (chosen is None) == (enumerated(sites, budget) is None)
+    assert chosen is None or keeps(sites, chosen, budget)
+
+
+@given(problems(), st.floats(0.05, 1), st.floats(0.05, 1))
+@settings(max_examples=150)
+def test_two_budgets_are_kept_together(sites: Problem, params: float, macs: float) -> None:
+    budget = Budget((("params", params), ("macs", macs)))
+    chosen = attempt(sites, budget)
+    assert (chosen is None) == (enumerated(sites, budget) is None)
+    assert chosen is None or keeps(sites, chosen, budget)
+
+
+@given(problems(), st.floats(0.05, 1))
+@settings(max_examples=150)
+def test_nothing_affordable_is_left_on_the_table(sites: Problem, keep: float) -> None:
+    budget = Budget((("params", keep),))
+    chosen = attempt(sites, budget)
+    if chosen is None:
+        return
+    for s, site in enumerate(sites):
+        for k, option in enumerate(site):
+            other = [*chosen[:s], k, *chosen[s + 1 :]]
+            assert not (option.loss < site[chosen[s]].loss and keeps(sites, other, budget))
+
+
+@given(problems(), st.floats(0.05, 1))
+@settings(max_examples=150)
+def test_the_loss_is_at_most_one_hull_step_above_the_best(sites: Problem, keep: float) -> None:
+    """Lagrangian bound: the hull solution misses the optimum by less than the one step that the budget cut short."""
+    budget = Budget((("params", keep),))
+    chosen, best = attempt(sites, budget), enumerated(sites, budget)
+    if chosen is None or best is None:
+        return
+    step = max(a.loss - b.loss for site in sites for a, b in itertools.combinations(site, 2))
+    assert best - 1e-12 <= loss(sites, chosen) <= best + step + 1e-12
+
+
+def convex_sites(count: int) -> Problem:
+    """Spectra that fall like 1/r: rank r costs r, and loses the tail. All options are on the hull, steps are fine."""
+    sites = []
+    for s in range(count):
+        weight, dense = 1.0 + s, 24
+        tail = [sum(1 / k**2 for k in range(r + 1, dense)) for r in range(1, dense)]
+        rows = [Option(Cost(r, 4 * r, r), weight * t) for r, t in zip(range(1, dense), tail, strict=True)]
+        sites.append([*rows, Option(Cost(dense, 4 * dense, dense), 0.0)])
+    return sites
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.25, 0.4, 0.5, 0.7, 0.9])
+def test_falling_spectra_are_spent_within_five_percent_of_the_best(keep: float) -> None:
+    sites, budget = convex_sites(3), Budget((("params", keep),))
+    best = enumerated(sites, budget)
+    assert best is not None
+    assert best <= loss(sites, allocate(sites, budget)) <= 1.05 * best
+
+
+@pytest.mark.parametrize(("params", "macs"), [(0.5, 0.5), (0.3, 0.6), (0.6, 0.3)])
+def test_two_quantities_are_spent_well(params: float, macs: float) -> None:
+    """Sites that differ in what they cost: the first is used ten times as often as the second."""
+    sites = [
+        [Option(Cost(o.cost.params, o.cost.bytes, o.cost.macs * often), o.loss) for o in site]
+        for site, often in zip(convex_sites(3), (10, 1, 3), strict=True)
+    ]
+    budget = Budget((("params", params), ("macs", macs)))
+    best = enumerated(sites, budget)
+    assert best is not None
+    assert best <= loss(sites, allocate(sites, budget)) <= 1.05 * best
+
+
+@given(problems())
+def test_a_budget_of_one_keeps_everything(sites: Problem) -> None:
+    assert loss(sites, allocate(sites, Budget((("params", 1.0),)))) == 0
+
+
+@given(problems(), st.floats(0.001, 0.999))
+def test_the_nearest_reachable_budget_in_the_message_is_reachable(sites: Problem, keep: float) -> None:
+    budget = Budget((("params", keep), ("macs", keep)))
+    try:
+        allocate(sites, budget)
+    except BudgetError as error:
+        nearest = re.findall(r"nearest reachable one is (\S+)$", str(error))[0]
+        assert attempt(sites, Budget.parse(nearest)) is not None
+
+
+def test_a_precious_site_gets_more_than_a_worthless_one() -> None:
+    cheap, dear = convex_sites(2)
+    dear = [Option(o.cost, 100 * o.loss) for o in dear]
+    chosen = allocate([cheap, dear], Budget((("params", 0.5),)))
+    assert chosen[1] > chosen[0]
+
+
+def test_a_quantity_that_nothing_costs_does_not_bind() -> None:
+    sites = [[Option(Cost(1, 4, 0.0), 1.0), Option(Cost(9, 36, 0.0), 0.0)]]
+    assert allocate(sites, Budget((("params", 0.5), ("macs", 0.1)))) == [0]
