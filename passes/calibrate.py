@@ -30,10 +30,12 @@ _FEW_ROWS = 20
 class Calibrate(Pass):
     """Runs the dense model on the calibration batches, unless the unit has statistics or needs none.
 
-    For each site: ``S = E[x x^T]`` and ``E[x]`` of its input, in one run over all batches. Then the sensitivity, forward runs
+    For each site: ``S = E[x x^T]`` and ``E[x]`` of its input, in one run over all batches. Then the sensitivity,
+    forward runs
     only: the site's weight alone is replaced by its low-rank optimum of relative squared error e near 0.03 in the input
     metric, and ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the probe batches:
-    the given ones, or the first eight examples of the first calibration batch. Uniform weights are worse than no allocation.
+    the given ones, or the first eight examples of the first calibration batch. Uniform weights are worse than no
+    allocation.
     """
 
     name = "calibrate"
@@ -55,7 +57,9 @@ def _covered(unit: Unit) -> Unit:
     if unit.sites and not known:
         raise CalibrationError("the statistics are of another model: they fit none of the sites of this one")
     remarks = [
-        Remark(site.name, "calibrate", "not covered by the statistics: stays dense") for site in unit.sites if site.order not in known
+        Remark(site.name, "calibrate", "not covered by the statistics: stays dense")
+        for site in unit.sites
+        if site.order not in known
     ]
     return unit.having(sites=tuple(site for site in unit.sites if site.order in known)).remarking(*remarks)
 
@@ -64,7 +68,9 @@ def _gather(unit: Unit) -> Statistics:
     collector, first, batches = _observe(unit)
     seen = [site for site in unit.sites if site.order in collector.group]
     remarks = [
-        Remark(site.name, "calibrate", "the calibration data never reaches it") for site in unit.sites if site not in seen
+        Remark(site.name, "calibrate", "the calibration data never reaches it")
+        for site in unit.sites
+        if site not in seen
     ]
     groups = sorted({collector.group[site.order] for site in seen})
     sums = [collector.moments[group] for group in groups]
@@ -107,7 +113,10 @@ def _doubts(seen: Sequence[Site], sums: Sequence[Moments], place: Mapping[int, i
     if few:
         worst = min(few, key=lambda site: sums[place[site.order]].rows / site.axes["i"])
         rows, width = sums[place[worst.order]].rows, worst.axes["i"]
-        reason = f"{len(few)} sites have fewer than {_FEW_ROWS} calibration rows per input (least: {worst.name}, {rows} rows for {width} inputs); their errors on other data will be higher than predicted"
+        reason = (
+            f"{len(few)} site(s) with fewer than {_FEW_ROWS} calibration rows per input (least: {worst.name}, {rows} "
+            f"rows for {width} inputs): errors on other data will be higher than predicted"
+        )
         remarks.append(Remark("", "calibrate", reason))
     return remarks
 
@@ -123,7 +132,9 @@ def _short(unit: Unit, batch: Any) -> list[Any]:
 
 
 def _sensitivities(unit: Unit, sites: Sequence[Site], moments: Sequence[Tensor], probe: Sequence[Any]) -> list[float]:
-    """``divergence / e`` with one site at a time replaced by its optimum of relative squared error e near PROBE_ERROR."""
+    """``divergence / e`` with one site at a time replaced by its optimum of relative squared error e near
+    PROBE_ERROR.
+    """
     references = [unit.program.outputs(batch, {}) for batch in probe]
     found = []
     pairs = track(zip(sites, moments, strict=True), "probing sites", total=len(sites), show=unit.options.progress)

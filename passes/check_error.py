@@ -22,7 +22,8 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class CheckError(Pass):
-    """Rebuilds every site from its stored factors and measures the relative squared error, in the metric and of the weight.
+    """Rebuilds every site from its stored factors and measures the relative squared error, in the metric and of the
+    weight.
 
     A site that lost everything (error 1 or more: worse than a zero weight) stays dense; one that lost more than planned
     gets a remark.
@@ -44,9 +45,11 @@ class CheckError(Pass):
             stored = {k: f.double() if f.is_floating_point() else f for k, f in unit.factors[order].items()}
             difference = weight - decompositions.rebuild(stored, lowered(unit.target, choice)[0])
             metric = metric_of(unit, known.get(order))
-            errors[order] = found = SiteErrors(_relative(difference, weight, metric.second_moment), _relative(difference, weight, None))
+            errors[order] = found = SiteErrors(
+                _relative(difference, weight, metric.second_moment), _relative(difference, weight, None)
+            )
             if not found.metric < 1:
-                reason = f"{choice.decomposition} loses all of the weight (relative squared error {found.metric:.3g}): stays dense"
+                reason = f"{choice.decomposition} loses it all (relative squared error {found.metric:.3g}): stays dense"
                 failed[order] = Remark(choice.site.name, self.name, reason)
             elif choice.error and found.metric > choice.error * 1.1 + _ROUNDING:
                 reason = f"relative squared error {found.metric:.3g} where the plan says {choice.error:.3g}"

@@ -71,5 +71,7 @@ def _within(row: Sequence[Candidate], budget: Budget) -> Candidate:
 
 
 def _kept_dense(candidate: Candidate) -> Remark:
-    reason = f"stays dense: {candidate.sensitivity:.3g} per unit of error makes every smaller layout cost more than it saves"
+    reason = (
+        f"stays dense: {candidate.sensitivity:.3g} per unit of error makes every smaller layout cost more than it saves"
+    )
     return Remark(candidate.site.name, "choose-plan", reason)

@@ -21,7 +21,9 @@ __all__ = ["FitFactors", "left_dense"]
 
 @dataclass(frozen=True)
 class FitFactors(Pass):
-    """Fits in float64 and rounds to the weight's dtype; a site whose factors overflow there stays dense, with a remark."""
+    """Fits in float64 and rounds to the weight's dtype; a site whose factors overflow there stays dense, with a
+    remark.
+    """
 
     name = "fit-factors"
 

@@ -19,9 +19,9 @@ class FoldPermutations(Pass):
     """Saves the gather of a site whose output reaches one other replaced site, through elementwise functions only.
 
     With ``y = stack[place]`` at the output of the first (see :class:`tdc.ir.Rebuild`) and ``f`` elementwise,
-    ``W f(stack[place]) = W[:, order] f(stack)`` with ``order = argsort(place)``: the columns of the second one's factors are put
-    in the order of the stack once, when the model is rewritten, and so is the bias of the first. The hidden units in between
-    come in another order; the function of the model is the same.
+    ``W f(stack[place]) = W[:, order] f(stack)`` with ``order = argsort(place)``: the columns of the second one's
+    factors are put in the order of the stack once, when the model is rewritten, and so is the bias of the first. The
+    hidden units in between come in another order; the function of the model is the same.
     """
 
     name = "fold-permutations"

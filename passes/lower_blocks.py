@@ -55,7 +55,9 @@ class LowerBlocks(Pass):
         for order, block in after.blocks.items():
             shapes = {name: tuple(factor.shape) for name, factor in after.factors[order].items()}
             if shapes != dict(block.factors):
-                raise VerificationError(f"the factors of site {order} have shapes {shapes}; its block reads {block.factors}")
+                raise VerificationError(
+                    f"the factors of site {order} have shapes {shapes}; its block reads {block.factors}"
+                )
 
 
 def _reordered(unit: Unit, choices: Mapping[int, Candidate]) -> tuple[dict[int, Factors], dict[int, Tensor]]:

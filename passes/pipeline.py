@@ -23,7 +23,14 @@ from .rewrite_graph import RewriteGraph
 
 __all__ = ["APPLYING", "COMPRESSING", "PLANNING", "REALIZING", "Pipeline"]
 
-PLANNING: tuple[Pass, ...] = (FindSites(), GroupSites(), Calibrate(), ProposeLayouts(), ChoosePlan(), FoldPermutations())
+PLANNING: tuple[Pass, ...] = (
+    FindSites(),
+    GroupSites(),
+    Calibrate(),
+    ProposeLayouts(),
+    ChoosePlan(),
+    FoldPermutations(),
+)
 REALIZING: tuple[Pass, ...] = (FitFactors(), CheckError(), LowerBlocks(), RewriteGraph())
 COMPRESSING = PLANNING + REALIZING
 APPLYING = (FindSites(), GroupSites(), Calibrate(), BindPlan(), FoldPermutations(), *REALIZING)

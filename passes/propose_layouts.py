@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tdc import decompositions
+from tdc.ir import DENSE, Block, Candidate, Decline, Layout, Metric, Remark, Site
 from tdc.ir.block import without_gather
-from tdc.ir import DENSE, Block, Candidate, Decline, Layout, Metric, OpKind, Remark, Site
 from tdc.planning.budget import QUANTITIES
 from tdc.planning.cost import block_cost, dense_cost
 from tdc.planning.path import contraction_paths
@@ -23,7 +23,8 @@ __all__ = ["ProposeLayouts", "lowered", "metric_name", "metric_of", "site_statis
 
 @dataclass(frozen=True)
 class ProposeLayouts(Pass):
-    """The dense weight always, and every point of every allowed decomposition's lattice that is smaller in the budget's terms.
+    """The dense weight always, and every point of every allowed decomposition's lattice that is smaller in the
+    budget's terms.
 
     A point that is not smaller than dense in parameters, bytes and multiply-adds is not proposed.
     """
@@ -40,7 +41,9 @@ class ProposeLayouts(Pass):
             proposed[site.order] = options
             if len(options) == 1:
                 tried = ", ".join(d.name for d in chosen) or "no decomposition"
-                remarks.append(Remark(site.name, self.name, f"{site.label}: {tried} has no rank that stores less than dense"))
+                remarks.append(
+                    Remark(site.name, self.name, f"{site.label}: {tried} has no rank that stores less than dense")
+                )
         return unit.having(candidates=proposed).remarking(*remarks)
 
 
@@ -71,11 +74,15 @@ def _layout(name: str, axes: tuple[tuple[str, int], ...], ranks: tuple[tuple[str
 
 
 def lowered(target: Target, candidate: Candidate) -> tuple[Layout, Block | Decline]:
-    """The layout of a candidate that is not dense, and its block on the target. Raises ValueError for impossible ranks."""
+    """The layout of a candidate that is not dense, and its block on the target. Raises ValueError for
+    impossible ranks.
+    """
     site = candidate.site
     layout = _layout(candidate.decomposition, site.sizes, candidate.ranks, candidate.variant)
     block = target.lower(layout, contraction_paths(site.kind, layout))
-    return layout, without_gather(block) if candidate.folded and block else block
+    if candidate.folded and isinstance(block, Block):
+        block = without_gather(block)
+    return layout, block
 
 
 def _candidates(

@@ -24,6 +24,8 @@ class RewriteGraph(Pass):
         for choice in unit.plan.choices:
             order = choice.site.order
             if order in unit.blocks:
-                new = Replacement(unit.blocks[order], unit.factors[order], choice.decomposition, unit.output_orders.get(order))
+                new = Replacement(
+                    unit.blocks[order], unit.factors[order], choice.decomposition, unit.output_orders.get(order)
+                )
                 unit.program.replace(choice.site, new)
         return unit.having(result=unit.program.finish())

@@ -1,9 +1,9 @@
 """TDC, a tensor decomposition compiler for neural networks.
 
-A trained model goes in; its weights are replaced by tensor decompositions, chosen and fitted under a budget from the network
-and real data; a smaller model of the same kind comes out. Doors: :func:`compress` for modules, :func:`compress_onnx` for ONNX files,
-and the command ``tdc``. Rooms: ``ir`` (values), ``decompositions``, ``statistics``, ``planning``, ``frontends``, ``targets``, ``passes``,
-``kernels``.
+A trained model goes in; its weights are replaced by tensor decompositions, chosen and fitted under a budget from the
+network and real data; a smaller model of the same kind comes out. Doors: :func:`compress` for modules,
+:func:`compress_onnx` for ONNX files, and the command ``tdc``. Rooms: ``ir`` (values), ``decompositions``,
+``statistics``, ``planning``, ``frontends``, ``targets``, ``passes``, ``kernels``.
 """
 
 from ._clash import check as _check

@@ -1,7 +1,7 @@
 """The command ``tdc``: plan, compress, calibrate, report, list, demo.
 
-Exit status: 0 done; 2 refused (the message says why, nothing was written); 5 a result failed its check; 6 an output could not be
-written; 70 a bug in TDC; 130 interrupted.
+Exit status: 0 done; 2 refused (the message says why, nothing was written); 5 a result failed its check; 6 an output
+could not be written; 70 a bug in TDC; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _forget_checkout() -> None:
-    """Take a checkout's root off the import path: other packages look for an optional 'kernels', and would find our folder."""
+    """Take a checkout's root off the import path: other packages look for an optional 'kernels', and would find
+    our folder.
+    """
     root = Path(__file__).resolve().parent.parent
     if (root / "kernels").is_dir():
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != root]
@@ -99,7 +101,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 def _deciding(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--budget", required=required, help="what may stay, e.g. params=0.5 or params=0.5,macs=0.6")
-    parser.add_argument("--calibration", metavar="DATA", help="an .npz file or a folder of them, arrays named as the inputs")
+    parser.add_argument(
+        "--calibration", metavar="DATA", help="an .npz file or a folder of them, arrays named as the inputs"
+    )
     parser.add_argument("--statistics", metavar="FILE", help="what 'tdc calibrate' wrote")
     parser.add_argument("--metric", default="auto", help="weight, input or auto (default)")
     parser.add_argument("--target", default="auto", help="see 'tdc list targets'")
@@ -148,7 +152,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     keywords = {"exclude": options.exclude, "seed": options.seed, "progress": not options.quiet}
     statistics = calibrate(options.model, batches, **keywords)
     statistics.save(options.output)
-    print(f"statistics of {len(statistics.sites)} sites from {statistics.batches} batches, digest {statistics.digest[:12]}")
+    print(f"{len(statistics.sites)} sites, {statistics.batches} batches, digest {statistics.digest[:12]}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -165,17 +169,16 @@ def _list(options: argparse.Namespace) -> None:
 
     if options.what == "decompositions":
         found = [decompositions.get(name) for name in decompositions.names()]
-        rows = [(d.name, ", ".join(sorted(k.value for k in d.kinds)), d.summary, *_equations(d)) for d in found]
-        print(format_table(("name", "layers", "good for", "equation"), rows, left=4))
+        lines = [(d.name, ", ".join(sorted(k.value for k in d.kinds)), d.summary) for d in found]
+        print(format_table(("name", "layers", "good for"), lines, left=3))
+        for decomposition in found:
+            for variant, equation in decomposition.equations.items():
+                print(f"\n{decomposition.name}{'/' if variant else ''}{variant}: {equation}")
     elif options.what == "targets":
         print(format_table(("name", "what"), [(n, targets.get(n).summary) for n in targets.names()], left=2))
     else:
         rows = [(p.name, ((type(p).__doc__ or "").strip().splitlines() or [""])[0]) for p in COMPRESSING]
         print(format_table(("name", "what"), rows, left=2))
-
-
-def _equations(decomposition: Any) -> tuple[str]:
-    return (" or ".join(decomposition.equations.values()),)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -44,14 +44,16 @@ def calibrate(
 ) -> Statistics:
     """Gather the statistics of a model's sites: reusable for any budget, savable, the same for every door.
 
-    Runs the dense model over ``batches`` and accumulates, for every distinct input of sites, ``S = E[x x^T]`` (i, i) and
-    ``E[x]`` (i); then measures each site's sensitivity by forward runs with that site alone approximated.
+    Runs the dense model over ``batches`` and accumulates, for every distinct input of sites, ``S = E[x x^T]`` (i, i)
+    and ``E[x]`` (i); then measures each site's sensitivity by forward runs with that site alone approximated.
 
     Args:
         model: a module, or the path of an ONNX file.
-        batches: an iterable of example inputs (tensors, tuples, dicts of keywords), a DataLoader; for ONNX anything with
+        batches: an iterable of example inputs (tensors, tuples, dicts of keywords), a DataLoader; for ONNX anything
+        with
             ``get_next()`` or an iterable of ``{input name: array}``. Use data like the data of use, not the test data.
-        probe: batches for the sensitivities; default the first eight examples of the first batch. Time: one forward run per
+        probe: batches for the sensitivities; default the first eight examples of the first batch. Time: one forward
+        run per
             site and probe batch.
         exclude: names or shell patterns of sites to leave out.
         seed: recorded; nothing here is random.
@@ -92,7 +94,11 @@ def plan(
 ) -> Plan:
     """Decide what :func:`compress` would do, and cut nothing. ``print(plan)`` is a table, ``plan.to_json()`` a file.
 
-    Arguments and errors as for :func:`compress`; ``model`` may also be the path of an ONNX file (``example_inputs`` is not needed then).
+    Arguments as for :func:`compress`; ``model`` may also be the path of an ONNX file (``example_inputs``
+    is not needed then).
+
+    Raises:
+        BudgetError, CalibrationError, ModelError, OptionError: as for :func:`compress`.
     """
     example, calibration = _peek(example_inputs, calibration)
     options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
@@ -124,14 +130,12 @@ def compress(
 
     Args:
         model: a trained module. It is not changed, unless ``inplace``.
-        example_inputs: one batch, a tuple of arguments or a dict of keywords, used to trace the model; default the first
-            calibration batch.
-        budget: what may stay, as fractions of the dense cost of the candidate sites: ``"params=0.5"``,
+        example_inputs: one batch, a tuple or a dict of keywords, to trace the model; default the first batch.
+        budget: what may stay, as fractions of the dense cost of the candidate sites: ``"params=0.5"``, or several,
             ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs.
-        calibration: data as for :func:`calibrate`, or
-        statistics: what :func:`calibrate` returned, or the path of a saved file.
-        metric: norm of the error: ``weight`` (Frobenius, needs no data), ``input`` (mean squared error of the layer's output on the
-            calibration data), or ``auto``: input where there is data.
+        calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
+        metric: norm of the error: ``weight`` (Frobenius, needs no data), ``input`` (mean squared error of the layer's
+            output on the calibration data), or ``auto``: input where there is data.
         target: the machine, see ``tdc list targets``.
         plan: a Plan, or the path of a plan file, to apply instead of a budget.
         allow: names of the decompositions to choose from; default all.
@@ -139,22 +143,20 @@ def compress(
         allocation: ``lagrangian`` (one budget over all sites) or ``uniform`` (each site keeps the same fraction).
         probe: batches for the sensitivities, see :func:`calibrate`.
         seed: recorded in the plan; same input, options and seed give the same factors.
-        progress: show a bar on work over two seconds.
-        inplace: replace modules in ``model`` itself. Nothing is replaced if anything fails.
+        progress, inplace: show a bar on work over two seconds; replace modules in ``model`` itself, all or none.
 
     Returns:
-        The new model; :func:`report` tells what was done. Its factors are parameters ``weight_<factor>`` of
-        :class:`tdc.FactoredLinear` modules.
+        The new model; :func:`report` tells what was done. Its factors are parameters ``weight_<factor>``.
 
     Raises:
         BudgetError: a budget that cannot be read or reached (the message gives the nearest reachable one).
-        CalibrationError: empty or wrong data, or statistics of another model.
-        PlanError: a plan that cannot be read or does not fit the model.
-        ModelError: not a module, or no site in it.
-        OptionError: unknown names or values.
+        CalibrationError, PlanError: data, statistics or a plan that cannot be read or do not fit the model.
+        ModelError, OptionError: not a module, or no site in it; unknown names or values.
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"compress takes a torch.nn.Module; got {type(model).__name__} (for ONNX files: compress_onnx)")
+        raise ModelError(
+            f"compress takes a torch.nn.Module; got {type(model).__name__} (for ONNX files: compress_onnx)"
+        )
     example, calibration = _peek(example_inputs, calibration)
     options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
     program = _open(model, example, inplace=inplace)
@@ -188,8 +190,8 @@ def compress_onnx(
     """Compress an ONNX file into another one of standard operators; arguments as for :func:`compress`.
 
     The result is checked (onnx.checker with shape inference, an onnxruntime session) before it gets its name; a failure
-    leaves nothing behind. Names, metadata, opset and all that is not replaced stay. Plan and report are stored in the metadata
-    (``tdc.plan``, ``tdc.report``).
+    leaves nothing behind. Names, metadata, opset and all that is not replaced stay. Plan and report are stored in the
+    metadata (``tdc.plan``, ``tdc.report``).
 
     Raises:
         ModelError: a source that is not a valid ONNX model.
@@ -251,7 +253,7 @@ def _record(small: nn.Module) -> tuple[Report, Plan]:
     record = small.__dict__.get(RECORD)
     if record is None:
         raise ModelError("this module was not made by tdc.compress or tdc.load: there is no report")
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def _options(

@@ -7,15 +7,13 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from . import targets
 from .errors import ModelError, PlanError
 from .files import atomic_write, checked_destination
-from .frontends.nn import FactoredLinear
 from .frontends.nn.restore import restore
-from .ir import Plan
+from .ir import Block, Decline, Plan, Site
 from .passes.propose_layouts import lowered
 from .report import Report
 
@@ -28,7 +26,8 @@ RECORD = "_tdc_report"
 
 
 def save(small: nn.Module, path: str | Path) -> None:
-    """Write a compressed module: tensors, plan and report in one safetensors file, all or nothing; equal models, equal bytes.
+    """Write a compressed module: tensors, plan and report in one safetensors file, all or nothing; equal models,
+    equal bytes.
 
     Tensors that several names share are stored once.
 
@@ -53,12 +52,19 @@ def save(small: nn.Module, path: str | Path) -> None:
         else:
             first[key] = name
             tensors[name] = tensor.detach().cpu().contiguous().clone()
-    head = {"format": _FORMAT, "version": _VERSION, "aliases": aliases, "plan": plan.to_json(), "report": made.to_json()}
+    head = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "aliases": aliases,
+        "plan": plan.to_json(),
+        "report": made.to_json(),
+    }
     atomic_write(path, to_bytes(tensors, metadata={"tdc": json.dumps(head)}))
 
 
 def load(path: str | Path, model: M) -> M:
-    """A copy of ``model`` (the dense architecture; its weights do not matter and may be on ``meta``) with a saved state.
+    """A copy of ``model`` (the dense architecture; its weights do not matter and may be on ``meta``) with a saved
+    state.
 
     ``path`` is a file from :func:`save`, or a folder that ``save_pretrained`` of a compressed transformers model wrote.
 
@@ -70,14 +76,14 @@ def load(path: str | Path, model: M) -> M:
     plan = Plan.from_json(head["plan"])
     new = copy.deepcopy(model)
     target = targets.get(plan.target)
-    rows = []
+    rows: list[tuple[Site, Block, str]] = []
     for choice in plan.choices:
         if not choice.is_dense:
             try:
-                layout, block = lowered(target, choice)
+                _, block = lowered(target, choice)
             except ValueError as error:
                 raise PlanError(f"{choice.site.name}: {error}") from error
-            if not block:
+            if isinstance(block, Decline):
                 raise PlanError(f"{choice.site.name}: {block.reason}")
             rows.append((choice.site, block, choice.decomposition))
     restore(new, rows, tensors, head.get("aliases", {}))
@@ -117,7 +123,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def note_in_config(small: nn.Module, made: Report, plan: Plan) -> None:
-    """Put plan and report into a transformers model's ``config``, so that a ``save_pretrained`` folder can be loaded again."""
+    """Put plan and report into a transformers model's ``config``, so that a ``save_pretrained`` folder can be
+    loaded again.
+    """
     config = getattr(small, "config", None)
     if config is not None and hasattr(config, "to_json_string"):
         config.tdc = {"plan": plan.to_json(), "report": made.to_json()}

@@ -15,8 +15,8 @@ __all__ = ["NpzBatches"]
 class NpzBatches:
     """Batches from ``.npz`` files: a folder of them, one batch each in the order of their names, or one file.
 
-    The arrays of a file are named as the model's inputs. A single file is cut along the leading axis into batches of ``batch``
-    examples. Pickled arrays are refused. Can be iterated again.
+    The arrays of a file are named as the model's inputs. A single file is cut along the leading axis into batches of
+    ``batch`` examples. Pickled arrays are refused. Can be iterated again.
     """
 
     def __init__(self, path: str | Path, batch: int = 16) -> None:
@@ -37,7 +37,9 @@ class NpzBatches:
                 continue
             lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
             if len(set(lengths.values())) != 1 or 0 in lengths.values():
-                raise CalibrationError(f"the arrays of {file} must have one leading axis in common; lengths are {lengths}")
+                raise CalibrationError(
+                    f"the arrays of {file} must have one leading axis in common; lengths are {lengths}"
+                )
             for start in range(0, next(iter(lengths.values())), self.batch):
                 yield {name: array[start : start + self.batch] for name, array in arrays.items()}
 

@@ -38,7 +38,9 @@ def one_thread() -> Iterator[None]:
             os.sched_setaffinity(0, cores)
 
 
-def interleaved(contestants: Mapping[str, Callable[[], object]], *, repeats: int = 25, warmup: int = 3) -> dict[str, Timing]:
+def interleaved(
+    contestants: Mapping[str, Callable[[], object]], *, repeats: int = 25, warmup: int = 3
+) -> dict[str, Timing]:
     """Run all contestants in turn, ``repeats`` times after ``warmup`` rounds; seconds by name.
 
     Compare minima or medians as ratios: absolute times drift with the load of the machine.

@@ -14,10 +14,11 @@ ALLOCATIONS = ("lagrangian", "uniform")
 
 @dataclass(frozen=True)
 class Options:
-    """``metric``: weight, input, or auto (input where there are statistics). ``allow``: names of decompositions, () for all.
+    """``metric``: weight, input, or auto (input where there are statistics). ``allow``: names of decompositions, ()
+    for all.
 
-    ``exclude``: site names or shell patterns that stay dense. ``allocation``: lagrangian, or uniform (every site keeps the
-    same fraction, rank rounded down to an integer).
+    ``exclude``: site names or shell patterns that stay dense. ``allocation``: lagrangian, or uniform (every site
+    keeps the same fraction, rank rounded down to an integer).
     """
 
     budget: object = None

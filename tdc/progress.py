@@ -12,7 +12,9 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], what: str, *, total: int | None = None, show: bool = True) -> Iterator[T]:
-    """Yield ``items``; with ``show``, draw a bar after two seconds (a line every so often where no terminal is there)."""
+    """Yield ``items``; with ``show``, draw a bar after two seconds (a line every so often where no terminal is
+    there).
+    """
     if not show:
         yield from items
         return
@@ -21,4 +23,6 @@ def track(items: Iterable[T], what: str, *, total: int | None = None, show: bool
     terminal = sys.stderr.isatty()
     count = total if total is not None else (len(items) if hasattr(items, "__len__") else None)  # type: ignore[arg-type]
     interval = 0.1 if terminal else 10.0
-    yield from tqdm(items, desc=f"tdc: {what}", total=count, delay=2.0, mininterval=interval, leave=False, dynamic_ncols=terminal)
+    yield from tqdm(
+        items, desc=f"tdc: {what}", total=count, delay=2.0, mininterval=interval, leave=False, dynamic_ncols=terminal
+    )

@@ -17,9 +17,11 @@ _FORMAT = "tdc-report"
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site. Errors are relative squared errors of the stored factors: planned and measured in the metric, and of the weight.
+    """One site. Errors are relative squared errors of the stored factors: planned and measured in the metric, and of
+    the weight.
 
-    ``before`` and ``after``: params, bytes, multiply-adds per calibration batch (per activation row where there was none).
+    ``before`` and ``after``: params, bytes, multiply-adds per calibration batch (per activation row where there was
+    none).
     """
 
     name: str
@@ -36,7 +38,9 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole result. ``model_before`` and ``model_after`` are of the whole model; the sums over sites are properties."""
+    """The whole result. ``model_before`` and ``model_after`` are of the whole model; the sums over sites are
+    properties.
+    """
 
     door: str
     metric: str
@@ -65,7 +69,9 @@ class Report:
 
     @classmethod
     def of(cls, door: str, plan: Plan, errors: Mapping[int, tuple[float, float]], costs: tuple[Cost, Cost]) -> Report:
-        """Put a report together; ``errors`` by ``site.order``: (in the metric, of the weight); ``costs`` of the model."""
+        """Put a report together; ``errors`` by ``site.order``: (in the metric, of the weight); ``costs`` of the
+        model.
+        """
         rows = []
         for choice in plan.choices:
             error, weight_error = errors.get(choice.site.order, (0.0, 0.0))
@@ -98,7 +104,8 @@ class Report:
             if data.pop("format") != _FORMAT or data.pop("version") != 1:
                 raise ModelError("not a TDC report of version 1")
             data["sites"] = tuple(
-                SiteReport(**{**row, "before": Cost(**row["before"]), "after": Cost(**row["after"])}) for row in data["sites"]
+                SiteReport(**{**row, "before": Cost(**row["before"]), "after": Cost(**row["after"])})
+                for row in data["sites"]
             )
             data["remarks"] = tuple(Remark(**row) for row in data["remarks"])
             data["model_before"], data["model_after"] = Cost(**data["model_before"]), Cost(**data["model_after"])
@@ -118,7 +125,12 @@ class Report:
             counts = (format_count(site.after.params), f"{keep:.3f}", f"{site.error:.2e}", f"{site.weight_error:.2e}")
             rows.append((site.name, site.layer, name, ranks or "-", *counts))
         made = f"budget {self.budget or '-'}, metric {self.metric}, target {self.target}"
-        lines = [f"{self.replaced} of {len(self.sites)} candidate sites replaced ({made})", "", format_table(header, rows, left=3), ""]
+        lines = [
+            f"{self.replaced} of {len(self.sites)} candidate sites replaced ({made})",
+            "",
+            format_table(header, rows, left=3),
+            "",
+        ]
         totals = [
             _total("candidate sites", self.before, self.after),
             _total("whole model", self.model_before, self.model_after),

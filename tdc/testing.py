@@ -38,7 +38,9 @@ def random_weight(rows: int, columns: int, *, rank: int | None = None, seed: int
 
 
 def random_metric(columns: int, *, rank: int | None = None, seed: int = 0) -> Metric:
-    """The ``input`` metric of correlated random inputs; with ``rank``, a singular one that has seen so many directions."""
+    """The ``input`` metric of correlated random inputs; with ``rank``, a singular one that has seen so many
+    directions.
+    """
     generator = torch.Generator().manual_seed(77 * seed + columns)
     inputs = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64)
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
@@ -55,8 +57,12 @@ def random_site(weight: Tensor, *, order: int = 0, name: str = "layer.weight", u
     return Site(OpKind.LINEAR, sizes, dtype, order, sketch(weight), (name,), uses)
 
 
-def random_mlp(widths: Sequence[int] = (24, 40, 16), *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Linear layers (modules "0", "2", ...) of the given widths with ReLU between them, their weights of falling spectrum."""
+def random_mlp(
+    widths: Sequence[int] = (24, 40, 16), *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> nn.Sequential:
+    """Linear layers (modules "0", "2", ...) of the given widths with ReLU between them, their weights of
+    falling spectrum.
+    """
     layers: list[nn.Module] = []
     for k, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
         layer = nn.Linear(inner, outer)
@@ -76,7 +82,8 @@ def relative_error(weight: Tensor, approximation: Tensor, metric: Metric) -> flo
 
 
 def optimal_error(weight: Tensor, metric: Metric, rank: int) -> float:
-    """Least relative squared error of any weight of that rank: the tail of the SVD of ``W L``, ``S = L L^T`` (Cholesky).
+    """Least relative squared error of any weight of that rank: the tail of the SVD of ``W L``, ``S = L L^T``
+    (Cholesky).
 
     For a singular S, ``L`` is its symmetric root.
     """
@@ -98,7 +105,9 @@ def run_block(block: Block, factors: Mapping[str, Tensor], activation: Tensor) -
 
 
 def count_macs(block: Block, factors: Mapping[str, Tensor]) -> int:
-    """Multiply-adds for one activation row, counted on the arrays: numbers that come out times numbers summed for each."""
+    """Multiply-adds for one activation row, counted on the arrays: numbers that come out times numbers summed
+    for each.
+    """
     return _trace(block, factors, torch.zeros(1, dict(block.sizes)["i"]))[1]
 
 
@@ -136,7 +145,9 @@ def _summed(op: Op, operands: list[np.ndarray]) -> int:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """``||actual - expected|| <= tolerance ||expected||`` (Frobenius), with equal shapes; any scale, and zero, is fine."""
+    """``||actual - expected|| <= tolerance ||expected||`` (Frobenius), with equal shapes; any scale, and zero,
+    is fine.
+    """
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     scale = float(expected.detach().double().abs().max()) if expected.numel() else 0.0
     wanted = expected.detach().double() / (scale or 1.0)

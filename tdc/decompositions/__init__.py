@@ -1,4 +1,6 @@
-"""The registry of decompositions: every file of this folder, and the entry points of the group ``tdc.decompositions``."""
+"""The registry of decompositions: every file of this folder, and the entry points of the group
+``tdc.decompositions``.
+"""
 
 from __future__ import annotations
 

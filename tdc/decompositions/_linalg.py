@@ -11,6 +11,8 @@ from ..ir import Metric
 
 __all__ = ["LowRank", "low_rank", "pivot_rows"]
 
+_LARGEST_COEFFICIENT = 1.1
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
@@ -25,22 +27,24 @@ class LowRank:
     tail: Tensor
 
 
-_last: tuple[Tensor, Tensor | None, LowRank] | None = None
+_last: tuple[Tensor, int, Tensor | None, LowRank] | None = None
 
 
 def low_rank(weight: Tensor, metric: Metric) -> LowRank:
     """Optimal nested low-rank approximations of ``weight`` (o, i), float64, in the metric.
 
-    With S the second moment of the input (identity for ``weight``), the optimum of ``tr((W - X) S (W - X)^T)`` over rank-r X
-    is the projection on the r leading eigenvectors of ``W S W^T`` (the Eckart-Young theorem in the metric; Chen et al.,
-    DRONE, 2021). No root and no inverse of S is taken, so a singular S is harmless: directions that the calibration data
-    never excited are projected, not zeroed. For o > i the eigenproblem is solved on the triangular factor of W = Q T. The result
-    for the last weight is kept, since several decompositions ask for the same one in turn.
+    With S the second moment of the input (identity for ``weight``), the optimum of ``tr((W - X) S (W - X)^T)`` over
+    rank-r X is the projection on the r leading eigenvectors of ``W S W^T`` (the Eckart-Young theorem in the metric;
+    Chen et al., DRONE, 2021). No root and no inverse of S is taken, so a singular S is harmless: directions that the
+    calibration data never excited are projected, not zeroed. For o > i the eigenproblem is solved on the triangular
+    factor of W = Q T. The result for the last weight is kept, since several decompositions ask for the same one in
+    turn.
     """
     global _last
     second = metric.second_moment
-    if _last is not None and _last[0] is weight and _last[1] is second:
-        return _last[2]
+    version = 0 if weight.is_inference() else weight._version
+    if _last is not None and _last[0] is weight and _last[1] == version and _last[2] is second:
+        return _last[3]
     scale = _power_of_two(weight)
     scaled = weight / scale
     rows, columns = weight.shape
@@ -59,7 +63,7 @@ def low_rank(weight: Tensor, metric: Metric) -> LowRank:
     total = energy.sum()
     tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     result = LowRank(basis * sign, coordinates * sign.T * scale, tail / total if total > 0 else torch.zeros_like(tail))
-    _last = (weight, second, result)
+    _last = (weight, version, second, result)
     return result
 
 
@@ -70,14 +74,33 @@ def _power_of_two(weight: Tensor) -> float:
 
 
 def pivot_rows(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the rows of an orthonormal ``basis`` (o, r): r well-conditioned pivot rows, then the others; both ascending.
+    """Split the rows of an orthonormal ``basis`` (o, r): r well-conditioned pivot rows, then the others; both
+    ascending.
 
-    The pivots are those of QR with column pivoting of ``basis^T`` (Businger and Golub 1965), which keeps the coefficients
-    ``basis[others] @ inv(basis[pivots])`` small (interpolative decomposition: Cheng et al. 2005).
+    Rows of nearly the largest volume (maxvol: Goreinov, Oseledets, Savostyanov, Tyrtyshnikov, Zamarashkin 2010): from
+    the pivots of an LU factorisation, rows are exchanged while any coefficient of ``basis[others] @
+    inv(basis[pivots])`` exceeds 1.1 in magnitude. Each exchange multiplies the volume by that coefficient, so the
+    exchanges end; at most 4 r are made. On projections of trained networks this takes some 20 exchanges, and
+    conditions as well as QR with column pivoting.
     """
-    from scipy.linalg import qr
-
-    rank = basis.shape[1]
-    _, order = qr(basis.T.numpy(), mode="r", pivoting=True)
-    order = torch.from_numpy(order.astype("int64"))
-    return order[:rank].sort().values, order[rank:].sort().values
+    rows, rank = basis.shape
+    triangles, exchanges = torch.linalg.lu_factor(basis)
+    order = list(range(rows))
+    for k, p in enumerate((exchanges - 1).tolist()):
+        order[k], order[p] = order[p], order[k]
+    lower = triangles[:rank].tril(-1) + torch.eye(rank, dtype=basis.dtype)
+    rest = triangles[rank:]
+    coef = torch.linalg.solve_triangular(lower, rest, upper=False, left=False, unitriangular=True)
+    for _ in range(4 * rank if rows > rank else 0):
+        other, pivot = divmod(int(coef.abs().argmax()), rank)
+        largest = coef[other, pivot].clone()
+        if abs(float(largest)) <= _LARGEST_COEFFICIENT:
+            break
+        change = coef[other].clone()
+        change[pivot] -= 1
+        coef -= (coef[:, pivot] / largest)[:, None] * change
+        coef[other] = -change / largest
+        coef[other, pivot] += 1
+        order[pivot], order[rank + other] = order[rank + other], order[pivot]
+    places = torch.tensor(order)
+    return places[:rank].sort().values, places[rank:].sort().values

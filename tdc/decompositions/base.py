@@ -88,7 +88,7 @@ def rebuild(factors: Factors, layout: Layout) -> Tensor:
     parts = [part(k) for k in range(len(shape.pieces))]
     if not shape.join:
         return torch.stack(parts).sum(0)
-    dim = [group for group, in shape.output.groups].index(shape.join)
+    dim = [group for (group,) in shape.output.groups].index(shape.join)
     stacked = torch.cat(parts, dim)
     index = factors[shape.index].long()
     return stacked.index_select(dim, index if shape.at else torch.argsort(index))

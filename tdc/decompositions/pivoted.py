@@ -18,9 +18,10 @@ class Pivoted(Decomposition):
     """A rank-r weight as r of its own rows, and the coefficients of the other rows in them: r (o + i - r) numbers.
 
     Variant ``output``: ``W[p] = rows``, ``W[q] = coef @ rows``; variant ``input``, the same of the transposed weight:
-    ``W[:, p] = cols``, ``W[:, q] = cols @ coef``. Every rank below full is a saving: at full rank the count is that of the dense
-    weight (interpolative decomposition: Cheng, Gimbutas, Martinsson, Rokhlin 2005; as a layer: PIFA, 2025). The approximation is the
-    one of ``svd`` at the same rank, the optimum in the metric, written in another basis.
+    ``W[:, p] = cols``, ``W[:, q] = cols @ coef``. Every rank below full is a saving: at full rank the count is that
+    of the dense weight (interpolative decomposition: Cheng, Gimbutas, Martinsson, Rokhlin 2005; as a layer: PIFA,
+    2025). The approximation is the one of ``svd`` at the same rank, the optimum in the metric, written in another
+    basis.
     """
 
     name = "pivoted"

@@ -25,8 +25,8 @@ _CHUNK = 1 << 22
 class Replacement:
     """What takes the place of a site: its block, the factors in the dtype in which they are stored, and their origin.
 
-    ``output_order``: entry k of the output that the block gives is entry ``output_order[k]`` of the dense one, and the site that
-    reads it expects that; a bias between the two must be put in that order. None: the dense order.
+    ``output_order``: entry k of the output that the block gives is entry ``output_order[k]`` of the dense one, and
+    the site that reads it expects that; a bias between the two must be put in that order. None: the dense order.
     """
 
     block: Block
@@ -55,8 +55,8 @@ class Program(Protocol):
     def observe(self, batch: Any, sites: Iterable[Site], tap: Tap) -> None:
         """Run the dense model on one batch and hand every use's input activation to ``tap``.
 
-        The same activation that enters several sites is handed over as the same tensor object. Raises CalibrationError if the
-        model cannot run on the batch.
+        The same activation that enters several sites is handed over as the same tensor object. Raises
+        CalibrationError if the model cannot run on the batch.
         """
 
     def outputs(self, batch: Any, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
@@ -73,10 +73,12 @@ class Program(Protocol):
 
 
 def sketch(weight: Tensor) -> tuple[float, ...]:
-    """Eight numbers that recognise a weight (o, i) after its rows were scaled (a folded norm) or it was stored transposed.
+    """Eight numbers that recognise a weight (o, i) after its rows were scaled (a folded norm) or it was stored
+    transposed.
 
     With ``S[o, i] = W[o, i]^2 / sum_i W[o, i]^2`` and fixed pseudo-random signs a_k, b_k, entry k is
-    ``a_k^T S b_k / sqrt(3 o / i)``, of order one for a Gaussian weight. Rounded to six decimals. () if the weight is empty or not finite.
+    ``a_k^T S b_k / sqrt(3 o / i)``, of order one for a Gaussian weight. Rounded to six decimals. () if the weight is
+    empty or not finite.
     """
     rows, columns = weight.shape
     if weight.numel() == 0 or not bool(torch.isfinite(weight).all()):
@@ -105,7 +107,9 @@ def _signs(length: int, stream: int) -> Tensor:
 
 
 def passed_over_weight(weight: Tensor) -> str:
-    """Why a weight cannot be decomposed ('' if it can): zero size, a dtype that is not real floating, NaN or infinity."""
+    """Why a weight cannot be decomposed ('' if it can): zero size, a dtype that is not real floating, NaN or
+    infinity.
+    """
     if weight.numel() == 0:
         return f"the weight of shape {list(weight.shape)} has no entries"
     if not weight.is_floating_point():
@@ -117,7 +121,9 @@ def passed_over_weight(weight: Tensor) -> str:
 
 
 def head(batch: Any, examples: int) -> Any:
-    """The first ``examples`` entries along the leading axis of every tensor or array in a batch (dicts, tuples, lists)."""
+    """The first ``examples`` entries along the leading axis of every tensor or array in a batch (dicts, tuples,
+    lists).
+    """
     if isinstance(batch, Mapping):
         return {key: head(value, examples) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):

@@ -34,9 +34,9 @@ class Rebuild:
     """``o i = piece``, a sum ``o i = piece + piece``, or pieces side by side along one axis of the weight.
 
     ``o i = rows[p i] | coef[q p] rows[p i] over o = p q at place`` says: stack the two pieces along ``o`` (their own
-    parts of it are ``p`` and ``q``); row ``j`` of the weight is row ``place[j]`` of the stack. With ``by order`` instead,
-    row ``k`` of the stack is row ``order[k]`` of the weight. Both are index factors (int32, length of ``o``); 'at' suits an
-    output axis and 'by' an input axis, where each is one gather of the activation.
+    parts of it are ``p`` and ``q``); row ``j`` of the weight is row ``place[j]`` of the stack. With ``by order``
+    instead, row ``k`` of the stack is row ``order[k]`` of the weight. Both are index factors (int32, length of
+    ``o``); 'at' suits an output axis and 'by' an input axis, where each is one gather of the activation.
     """
 
     output: Term
@@ -88,7 +88,9 @@ class Rebuild:
 
     def __str__(self) -> str:
         body = (" | " if self.join else " + ").join(map(str, self.pieces))
-        tail = f" over {self.join} = {' '.join(self.parts)} {'at' if self.at else 'by'} {self.index}" if self.join else ""
+        tail = (
+            f" over {self.join} = {' '.join(self.parts)} {'at' if self.at else 'by'} {self.index}" if self.join else ""
+        )
         return f"{self.output} = {body}{tail}"
 
 

@@ -1,4 +1,6 @@
-"""Plans: what is decided for every site, before anything is cut. A plan is a JSON file that a person can read and edit."""
+"""Plans: what is decided for every site, before anything is cut. A plan is a JSON file that a person can read
+and edit.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +61,8 @@ class Candidate:
 class Plan:
     """Decisions for all candidate sites, with what they were made from.
 
-    ``statistics`` is the digest of the statistics, '' for the metric ``weight``. Two plans are equal if they have the same
-    metric, digest, target and budget and decide the same for the same weights, whatever the names and the order.
+    ``statistics`` is the digest of the statistics, '' for the metric ``weight``. Two plans are equal if they have the
+    same metric, digest, target and budget and decide the same for the same weights, whatever the names and the order.
     """
 
     choices: tuple[Candidate, ...] = ()
@@ -115,7 +117,18 @@ class Plan:
             raise PlanError(f'not a TDC plan: the key "format" must be "{_FORMAT}"')
         if data.get("version") != PLAN_VERSION:
             raise PlanError(f"plan version {data.get('version')!r} cannot be read: this TDC reads {PLAN_VERSION}")
-        known = {"format", "version", "metric", "statistics", "target", "budget", "allocation", "seed", "sites", "remarks"}
+        known = {
+            "format",
+            "version",
+            "metric",
+            "statistics",
+            "target",
+            "budget",
+            "allocation",
+            "seed",
+            "sites",
+            "remarks",
+        }
         if unknown := sorted(set(data) - known):
             raise PlanError(f"unknown keys in the plan: {unknown}")
         try:
@@ -123,7 +136,11 @@ class Plan:
                 choices=tuple(_candidate_in(k, row) for k, row in enumerate(data["sites"])),
                 remarks=tuple(Remark(row["site"], row["stage"], row["reason"]) for row in data.get("remarks", [])),
                 seed=int(data.get("seed", 0)),
-                **{key: str(data[key]) for key in ("metric", "statistics", "target", "budget", "allocation") if key in data},
+                **{
+                    key: str(data[key])
+                    for key in ("metric", "statistics", "target", "budget", "allocation")
+                    if key in data
+                },
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PlanError):
@@ -170,7 +187,18 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
 def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
     if not isinstance(row, dict):
         raise PlanError(f"site {position} of the plan is not an object")
-    known = {"name", "decomposition", "variant", "ranks", "folded", "error", "sensitivity", "cost", "dense_cost", "site"}
+    known = {
+        "name",
+        "decomposition",
+        "variant",
+        "ranks",
+        "folded",
+        "error",
+        "sensitivity",
+        "cost",
+        "dense_cost",
+        "site",
+    }
     if unknown := sorted(set(row) - known):
         raise PlanError(f"unknown keys in site {position} ({row.get('name', 'no name')!r}) of the plan: {unknown}")
     try:

@@ -36,11 +36,11 @@ class Site:
     """One dense weight in canonical axes, with all its uses.
 
     ``sizes`` are the axis sizes of the canonical weight, for ``linear`` ``o`` (outputs) and ``i`` (inputs), whatever
-    the storage order of the frontend. ``order`` is the topological place of the first use. ``sketch`` are a few numbers that
-    a transposition and a rescaling of rows leave alone; () where the weight is not finite. ``names`` are aliases,
-    the first one is shown; they identify nothing. ``uses`` counts the operators that read the weight (tied: > 1).
-    ``pointwise_consumer`` is the order of the one site that reads this site's output through elementwise functions
-    only, or None.
+    the storage order of the frontend. ``order`` is the topological place of the first use. ``sketch`` are a few
+    numbers that a transposition and a rescaling of rows leave alone; () where the weight is not finite. ``names`` are
+    aliases, the first one is shown; they identify nothing. ``uses`` counts the operators that read the weight (tied:
+    > 1). ``pointwise_consumer`` is the order of the one site that reads this site's output through elementwise
+    functions only, or None.
     """
 
     kind: OpKind
@@ -117,8 +117,8 @@ def same_weight(a: Site, b: Site) -> bool:
 def assign(wanted: Sequence[Site], found: Sequence[Site]) -> list[Site | None]:
     """For each wanted site the one of ``found`` that holds the same weight, or None.
 
-    Several sites with one sketch (equal weights) are paired in topological order; where a door merged equal weights into
-    fewer sites, the last one serves the rest.
+    Several sites with one sketch (equal weights) are paired in topological order; where a door merged equal weights
+    into fewer sites, the last one serves the rest.
     """
     answer: list[Site | None] = []
     taken: dict[int, int] = {}

@@ -26,11 +26,12 @@ class Option:
 def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
     """For every site the index of the option to take: least total loss within the budget.
 
-    ``minimise sum_s loss_s(k_s)  subject to  sum_s cost_s(k_s) <= keep * dense`` for every quantity of the budget. The last option of each
-    site must be the dense one. By Lagrangian relaxation: for a price on the (normalised) cost each site takes the option of least
-    ``loss + price * cost``, which reaches the vertices of the lower convex hull of its options; the price is bisected, and the
-    budget left over is then spent on the steps of greatest loss saved per cost (Everett 1963; Shoham and Gersho 1988). With
-    several quantities the weights of the price move towards the one that is exceeded most.
+    ``minimise sum_s loss_s(k_s)  subject to  sum_s cost_s(k_s) <= keep * dense`` for every quantity of the budget.
+    The last option of each site must be the dense one. By Lagrangian relaxation: for a price on the (normalised) cost
+    each site takes the option of least ``loss + price * cost``, which reaches the vertices of the lower convex hull
+    of its options; the price is bisected, and the budget left over is then spent on the steps of greatest loss saved
+    per cost (Everett 1963; Shoham and Gersho 1988). With several quantities the weights of the price move towards the
+    one that is exceeded most.
 
     Raises BudgetError with the nearest reachable budget if even the cheapest options exceed it.
     """
@@ -66,7 +67,9 @@ def _least_price(
     *,
     allowed_total: float,
 ) -> list[int]:
-    """The hull solution: the smallest multiplier whose choice costs at most ``allowed_total`` of the normalised price."""
+    """The hull solution: the smallest multiplier whose choice costs at most ``allowed_total`` of the normalised
+    price.
+    """
     priced = [[price(option.cost) for option in site] for site in options]
 
     def choose(multiplier: float) -> tuple[list[int], float]:

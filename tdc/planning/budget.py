@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ..errors import BudgetError
 from ..ir import Cost
@@ -23,8 +24,8 @@ class Budget:
     def parse(cls, given: object) -> Budget:
         """Read ``"params=0.5"``, ``"params=0.5,macs=0.6"`` or ``{"params": 0.5}``.
 
-        Raises BudgetError; for a bare number with the words to write instead, since "0.5" alone could mean what stays or
-        what goes, of the parameters or of the time.
+        Raises BudgetError; for a bare number with the words to write instead, since "0.5" alone could mean what stays
+        or what goes, of the parameters or of the time.
         """
         if isinstance(given, Budget):
             return given
@@ -47,8 +48,10 @@ class Budget:
         return cls(limits)
 
     def allowance(self, dense: Cost) -> dict[str, float]:
-        """The limits in absolute numbers."""
-        return {key: keep * getattr(dense, key) for key, keep in self.limits}
+        """The limits in absolute numbers, from the decimals as written: 0.285 of 200 is 57, and not
+        56.99999999999999.
+        """
+        return {key: float(Fraction(str(keep)) * Fraction(getattr(dense, key))) for key, keep in self.limits}
 
     def __str__(self) -> str:
         return ",".join(f"{key}={keep:g}" for key, keep in self.limits)

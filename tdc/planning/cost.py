@@ -18,7 +18,9 @@ def dense_cost(site: Site, rows: float) -> Cost:
 
 
 def block_cost(site: Site, layout: Layout, block: Block, rows: float) -> Cost:
-    """Cost of ``block``: what its factors store (index factors are bytes, not parameters), multiply-adds of its steps."""
+    """Cost of ``block``: what its factors store (index factors are bytes, not parameters), multiply-adds of its
+    steps.
+    """
     real = sum(math.prod(shape) for name, shape in block.factors if name in layout.rebuild.factors)
     index = sum(math.prod(shape) for name, shape in block.factors if name == layout.rebuild.index)
     return Cost(real, real * ITEMSIZE[site.dtype] + index * INDEX_BYTES, block.macs * rows)

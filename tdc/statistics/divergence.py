@@ -17,9 +17,9 @@ LOGITS = "logits"
 def divergence(reference: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> float:
     """Change of a model's floating outputs by name.
 
-    Where an output is named ``logits``: the mean Kullback-Leibler divergence ``KL(softmax(ref) || softmax(moved))`` in nats over
-    all positions of it alone. Else the mean over outputs of ``||moved - ref||^2 / ||ref||^2``. Raises CalibrationError if
-    there is no floating output.
+    Where an output is named ``logits``: the mean Kullback-Leibler divergence ``KL(softmax(ref) || softmax(moved))``
+    in nats over all positions of it alone. Else the mean over outputs of ``||moved - ref||^2 / ||ref||^2``. Raises
+    CalibrationError if there is no floating output.
     """
     if LOGITS in reference:
         reference, moved = {LOGITS: reference[LOGITS]}, {LOGITS: moved[LOGITS]}

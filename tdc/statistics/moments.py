@@ -56,8 +56,8 @@ class Moments:
 class Collector:
     """Gathers :class:`Moments` for sites; sites that have always read the very same activations share one.
 
-    Within a batch every distinct activation (tensor object) is multiplied once. Memory: two (i, i) float64 matrices per distinct
-    activation of a batch.
+    Within a batch every distinct activation (tensor object) is multiplied once. Memory: two (i, i) float64 matrices
+    per distinct activation of a batch.
     """
 
     moments: list[Moments] = field(default_factory=list)

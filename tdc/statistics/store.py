@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,8 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What is known of one site: which second moment is its input's, over how many rows, and how much its error matters.
+    """What is known of one site: which second moment is its input's, over how many rows, and how much its error
+    matters.
 
     ``sensitivity`` is the change of the model's output per unit of relative squared error of the site (see
     :func:`tdc.calibrate`).
@@ -41,7 +43,8 @@ class SiteStatistics:
 class Statistics:
     """Input second moments ``S = E[x x^T]`` (i, i) and means ``E[x]`` (i), float32, with the sites that read them.
 
-    One file serves every door: sites are recognised by their weights. ``digest`` identifies the content; plans record it.
+    One file serves every door: sites are recognised by their weights. ``digest`` identifies the content; plans record
+    it.
     """
 
     sites: tuple[SiteStatistics, ...]
@@ -55,7 +58,14 @@ class Statistics:
         """SHA-256 over sketches, sensitivities and moments (names do not count)."""
         state = hashlib.sha256()
         for entry in self.sites:
-            key = [entry.site.kind.value, entry.site.sizes, entry.site.sketch, entry.moment, entry.rows, entry.sensitivity]
+            key = [
+                entry.site.kind.value,
+                entry.site.sizes,
+                entry.site.sketch,
+                entry.moment,
+                entry.rows,
+                entry.sensitivity,
+            ]
             state.update(json.dumps(key).encode())
         for tensor in (*self.moments, *self.means):
             state.update(tensor.contiguous().numpy().tobytes())
@@ -106,7 +116,9 @@ class Statistics:
             width = entry.site.axes.get("i")
             if moments[entry.moment].shape != (width, width) or not bool(torch.isfinite(moments[entry.moment]).all()):
                 raise CalibrationError(f"the statistics file {path} holds a wrong second moment for {entry.site.name}")
-        return cls(sites, moments, means, int(head.get("batches", 1)), tuple(Remark(*row) for row in head.get("remarks", [])))
+        return cls(
+            sites, moments, means, int(head.get("batches", 1)), tuple(Remark(*row) for row in head.get("remarks", []))
+        )
 
 
 def _entry_out(entry: SiteStatistics) -> dict[str, Any]:
@@ -115,4 +127,7 @@ def _entry_out(entry: SiteStatistics) -> dict[str, Any]:
 
 
 def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
-    return SiteStatistics(Site.from_dict(row), int(row["moment"]), int(row["rows"]), float(row["sensitivity"]))
+    entry = SiteStatistics(Site.from_dict(row), int(row["moment"]), int(row["rows"]), float(row["sensitivity"]))
+    if entry.moment < 0 or entry.rows < 1 or not 0 <= entry.sensitivity < math.inf:
+        raise ValueError(f"{entry.site.name} has impossible numbers")
+    return entry

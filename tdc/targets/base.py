@@ -33,9 +33,9 @@ class Target:
 def straight_line(layout: Layout, paths: tuple[Path, ...]) -> Block:
     """Lower every piece to a chain of matmuls, share what is equal, and join the pieces.
 
-    Pieces that stand side by side along an output axis are concatenated and gathered once. Pieces along an input axis each
-    take their entries of the activation, and their results are summed; where two chains end in the same factor, the
-    sum moves before it, so that the factor is applied once.
+    Pieces that stand side by side along an output axis are concatenated and gathered once. Pieces along an input axis
+    each take their entries of the activation, and their results are summed; where two chains end in the same factor,
+    the sum moves before it, so that the factor is applied once.
     """
     rebuild, axes = layout.rebuild, layout.axes
     builder = _Builder()

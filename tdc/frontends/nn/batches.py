@@ -19,16 +19,18 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def as_call(model: nn.Module, batch: Any, positional: int | None = None) -> Call:
     """One batch as ``(args, kwargs)`` on the model's device.
 
-    A tensor is one argument, a mapping keyword arguments, a tuple or list positional arguments; of the last, those beyond what
-    ``forward`` takes (or beyond ``positional``) are dropped, so the labels of a data loader do no harm. Raises CalibrationError.
+    A tensor is one argument, a mapping keyword arguments, a tuple or list positional arguments; of the last, those
+    beyond what ``forward`` takes (or beyond ``positional``) are dropped, so the labels of a data loader do no harm.
+    Raises CalibrationError.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(batch, Tensor):
-        args, kwargs = (batch,), {}
+        args = (batch,)
     elif isinstance(batch, Mapping):
-        args, kwargs = (), {str(key): value for key, value in batch.items()}
+        kwargs = {str(key): value for key, value in batch.items()}
     elif isinstance(batch, (tuple, list)):
-        takes = _positional(model) if positional is None else positional
-        args, kwargs = tuple(batch[:takes]), {}
+        args = tuple(batch[: _positional(model) if positional is None else positional])
     else:
         raise CalibrationError(f"a batch must be a tensor, a tuple or a dict of keywords; got {type(batch).__name__}")
     if not args and not kwargs:

@@ -54,10 +54,12 @@ class Capture:
 
 
 _POINTWISE = frozenset(
-    "add mul sub div neg pow abs relu gelu silu tanh sigmoid elu selu celu mish erf exp log sqrt rsqrt reciprocal hardtanh "
-    "hardswish hardsigmoid leaky_relu softplus softsign threshold clamp dropout clone contiguous".split()
+    """
+    add mul sub div neg pow abs relu gelu silu tanh sigmoid elu selu celu mish erf exp log sqrt rsqrt reciprocal
+    hardtanh hardswish hardsigmoid leaky_relu softplus softsign threshold clamp dropout clone contiguous
+    """.split()
 )
-_RESHAPES = frozenset("view reshape _unsafe_view flatten unflatten".split())
+_RESHAPES = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten"])
 
 
 def _passes(node: fx.Node, source: fx.Node) -> bool:
@@ -82,7 +84,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             program = torch.export.export(_FloatingOutputs(model), args, dict(kwargs), strict=False)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0][:160]
-        return Decline(f"torch.export cannot capture the model ({type(error).__name__}: {first}); the module tree is used")
+        return Decline(
+            f"torch.export cannot capture the model ({type(error).__name__}: {first}); the module tree is used"
+        )
     names = {k: v.removeprefix(_PREFIX) for k, v in program.graph_signature.inputs_to_parameters.items()}
     positions = {node: k for k, node in enumerate(program.graph.nodes)}
     uses: dict[str, tuple[Use, ...]] = {}
@@ -107,7 +111,9 @@ class _FloatingOutputs(nn.Module):
 
 
 def floating_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
-    """Floating tensors in what a model returned (a tensor, a mapping, a sequence), by key or place; others are left out."""
+    """Floating tensors in what a model returned (a tensor, a mapping, a sequence), by key or place; others are
+    left out.
+    """
     if isinstance(output, Tensor):
         return {name: output} if output.is_floating_point() else {}
     if isinstance(output, Mapping):

@@ -121,7 +121,7 @@ class FactoredLinear(nn.Module):
 def _skeleton(module: nn.Module) -> nn.Module:
     """The module without its weight and bias: what is needed to build one of its class again."""
     bare = copy.copy(module)
-    bare._parameters = {name: None for name in module._parameters}
+    bare._parameters = dict.fromkeys(module._parameters)
     return bare
 
 

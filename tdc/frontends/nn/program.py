@@ -35,8 +35,8 @@ class NnProgram:
     """Implements :class:`tdc.frontends.program.Program` for modules.
 
     ``example`` is one batch: with it the model is exported once, to learn the order of the weights and whether anything
-    but its own linear module reads a weight. Where the export fails, the module tree and the order of calls serve. The model
-    itself is not changed; :meth:`finish` works on a copy unless ``inplace``.
+    but its own linear module reads a weight. Where the export fails, the module tree and the order of calls serve.
+    The model itself is not changed; :meth:`finish` works on a copy unless ``inplace``.
     """
 
     door = "nn"
@@ -71,8 +71,12 @@ class NnProgram:
         orders = {position: k for k, (position, *_) in enumerate(found)}
         sites = []
         for k, (_, weight, uses, use) in enumerate(found):
-            consumer = seen.pointwise_consumer(use) if use and isinstance(seen, Capture) and _unwatched(weight) else None
-            site = replace(_site(k, weight, uses), pointwise_consumer=orders.get(consumer) if consumer is not None else None)
+            consumer = (
+                seen.pointwise_consumer(use) if use and isinstance(seen, Capture) and _unwatched(weight) else None
+            )
+            site = replace(
+                _site(k, weight, uses), pointwise_consumer=orders.get(consumer) if consumer is not None else None
+            )
             self._by_order[k] = weight
             sites.append(site)
         return tuple(sites), tuple(remarks)
@@ -147,7 +151,9 @@ class NnProgram:
     def finish(self) -> nn.Module:
         replaced = [self._by_order[order] for order in self._replacements]
         model = self.model if self.inplace else _copy_without(self.model, [w.tensor for w in replaced])
-        swaps = [swap for order, new in self._replacements.items() for swap in _swaps(model, self._by_order[order], new)]
+        swaps = [
+            swap for order, new in self._replacements.items() for swap in _swaps(model, self._by_order[order], new)
+        ]
         for path, module in swaps:
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
@@ -244,7 +250,9 @@ def _captured_place(weight: _Weight, seen: Capture) -> Place | Decline:
         if not use.linear:
             return Decline(f"also read by {use.operator}, which is not linear in it")
         if use.module not in weight.modules:
-            return Decline(f"read by {use.operator} in {use.module or 'the model'} past its own module, which cannot be swapped")
+            return Decline(
+                f"read by {use.operator} in {use.module or 'the model'} past its own module, which cannot be swapped"
+            )
     uses.sort(key=lambda use: use.position)
     return uses[0].position, len(uses), uses[0] if len(uses) == 1 else None
 

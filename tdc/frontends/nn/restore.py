@@ -15,12 +15,15 @@ __all__ = ["restore"]
 
 
 def restore(
-    model: nn.Module, sites: Sequence[tuple[Site, Block, str]], tensors: Mapping[str, Tensor], aliases: Mapping[str, str]
+    model: nn.Module,
+    sites: Sequence[tuple[Site, Block, str]],
+    tensors: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
 ) -> None:
     """Swap the named linear modules of ``model`` for factored ones and give the model the saved tensors, in place.
 
-    ``sites`` are found by name: (site, block, decomposition). Raises PlanError, with nothing changed, if a named module is missing or of
-    another size, or the tensors do not fit.
+    ``sites`` are found by name: (site, block, decomposition). Raises PlanError, with nothing changed, if a named
+    module is missing or of another size, or the tensors do not fit.
     """
     groups = _shared(model, aliases)
     swaps: list[tuple[str, nn.Module]] = []

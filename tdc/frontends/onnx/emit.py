@@ -76,11 +76,14 @@ class Emitter:
             self.sweep(use)
 
     def reorder(self, vectors: Iterable[tuple[ir.Node, int]], order: np.ndarray) -> None:
-        """Put constant vectors in a new order along their last axis; other readers of the same constants keep the old ones."""
+        """Put constant vectors in a new order along their last axis; other readers of the same constants keep
+        the old ones.
+        """
         for node, operand in vectors:
             old = node.inputs[operand]
             tensor = stored(old) if old is not None else None
-            assert old is not None and tensor is not None
+            assert old is not None
+            assert tensor is not None
             values = np.ascontiguousarray(array(tensor)[..., order])
             node.replace_input_with(operand, self.constant(f"{old.name}.tdc_reordered", values, tensor.dtype))
             self.drop(old)

@@ -1,4 +1,6 @@
-"""Where the output of one site reaches one other through elementwise operators only, so that its order does not matter."""
+"""Where the output of one site reaches one other through elementwise operators only, so that its order does not
+matter.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from .tensors import stored
 __all__ = ["Region", "consumers", "regions"]
 
 _POINTWISE = frozenset(
-    "Abs Add Cast Ceil Celu Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Log Mish Mul Neg "
-    "Pow Reciprocal Relu Selu Sigmoid Sign Softplus Softsign Sqrt Sub Tanh ThresholdedRelu".split()
+    """
+    Abs Add Cast Ceil Celu Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Log
+    Mish Mul Neg Pow Reciprocal Relu Selu Sigmoid Sign Softplus Softsign Sqrt Sub Tanh ThresholdedRelu
+    """.split()
 )
 
 
@@ -89,7 +93,9 @@ def _passes(node: ir.Node, use: Use, width: int) -> bool:
 
 
 def _kind(value: ir.Value | None, width: int) -> str | None:
-    """``scalar`` or ``vector`` for a constant that does not, or does, differ along the output axis; None for anything else."""
+    """``scalar`` or ``vector`` for a constant that does not, or does, differ along the output axis; None for
+    anything else.
+    """
     tensor = stored(value) if value is not None else None
     if value is None or tensor is None or value.is_graph_input():
         return None

@@ -55,7 +55,8 @@ class OnnxProgram:
             matches, remarks = find_sites(self.model)
             readers = consumers(matches)
             matches = tuple(
-                replace(match, site=replace(match.site, pointwise_consumer=readers.get(k))) for k, match in enumerate(matches)
+                replace(match, site=replace(match.site, pointwise_consumer=readers.get(k)))
+                for k, match in enumerate(matches)
             )
             self._found = matches, remarks
         return self._found[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -40,7 +41,8 @@ def loss(sites: Problem, chosen: tuple[int, ...] | list[int]) -> float:
 
 
 def limits(sites: Problem, budget: Budget) -> dict[str, float]:
-    return {key: keep * total(sites, [len(s) - 1 for s in sites], key) for key, keep in budget.limits}
+    dense = {key: total(sites, [len(s) - 1 for s in sites], key) for key, _ in budget.limits}
+    return {key: float(Fraction(str(keep)) * Fraction(dense[key])) for key, keep in budget.limits}
 
 
 def keeps(sites: Problem, chosen: tuple[int, ...] | list[int], budget: Budget) -> bool:
