@@ -46,8 +46,8 @@ class NnProgram:
             raise ModelError(f"the model must be a torch.nn.Module; got {type(model).__name__}")
         self.model = model
         self.inplace = inplace
-        self._positional = len(example) if isinstance(example, (tuple, list)) else None
         self._example = as_call(model, example)
+        self._positional = len(self._example[0]) or None
         self._weights = _stored_weights(model)
         self._by_order: dict[int, _Weight] = {}
         self._replacements: dict[int, Replacement] = {}
