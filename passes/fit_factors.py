@@ -43,7 +43,7 @@ class FitFactors(Pass):
             layout, _ = lowered(unit.target, choice)
             metric = metric_of(unit, known.get(site.order))
             fitted = decompositions.get(choice.decomposition).fit(weight.double(), layout, metric)
-            stored = {k: f.to(weight.dtype) if f.is_floating_point() else f for k, f in fitted.items()}
+            stored = {k: f.to(weight.dtype).contiguous() if f.is_floating_point() else f for k, f in fitted.items()}
             if all(bool(torch.isfinite(f).all()) for f in stored.values()):
                 factors[site.order] = stored
             else:

@@ -166,7 +166,7 @@ def compress(
     assert unit.plan is not None
     made = _report(unit, before, NnProgram(small, example).cost())
     small.__dict__[RECORD] = (made, unit.plan)
-    note_in_config(small, made, unit.plan)
+    note_in_config(small, (made, unit.plan))
     return small
 
 
@@ -241,11 +241,16 @@ def densify(small: M) -> M:
         raise ModelError("the model has no factored layer: nothing to densify")
     dense = copy.deepcopy(small)
     made: dict[int, nn.Module] = {}
+    weights: dict[tuple[int, ...], nn.Parameter | None] = {}
     for path, module in list(dense.named_modules(remove_duplicate=False)):
         if isinstance(module, FactoredLinear):
             parent, _, child = path.rpartition(".")
-            setattr(dense.get_submodule(parent), child, made.setdefault(id(module), module.dense()))
+            plain = made.setdefault(id(module), module.dense())
+            tied = tuple(id(factor) for factor in module.factors.values())
+            plain._parameters["weight"] = weights.setdefault(tied, plain._parameters["weight"])
+            setattr(dense.get_submodule(parent), child, plain)
     dense.__dict__.pop(RECORD, None)
+    note_in_config(dense, None)
     return dense
 
 

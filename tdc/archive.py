@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,6 +105,7 @@ def stored_report(path: Path) -> Report:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Head and tensors; copies, because mapped ones are not aligned and matrix products then round otherwise."""
     from safetensors import SafetensorError, safe_open
 
     if path.is_dir():
@@ -113,22 +115,33 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             head = json.loads((file.metadata() or {}).get("tdc", "{}"))
             if head.get("format") != _FORMAT or head.get("version") != _VERSION:
                 raise ModelError(f"{path} is not a TDC model file of version {_VERSION}")
-            return head, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            aliases = head.get("aliases")
+            if not {"plan", "report"} <= set(head) or not isinstance(aliases, dict) or not _texts(aliases.values()):
+                raise ModelError(f"{path} is damaged: its head lacks the plan, the report or the aliases")
+            return head, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ModelError(f"there is no file {path}") from error
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path} cannot be read: {error}") from error
 
 
-def note_in_config(small: nn.Module, made: Report, plan: Plan) -> None:
+def _texts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def note_in_config(small: nn.Module, record: tuple[Report, Plan] | None) -> None:
     """Put plan and report into a transformers model's ``config``, so that a ``save_pretrained`` folder can be
-    loaded again.
+    loaded again; None takes them out.
     """
     config = getattr(small, "config", None)
-    if config is not None and hasattr(config, "to_json_string"):
-        config.tdc = {"plan": plan.to_json(), "report": made.to_json()}
+    if config is None or not hasattr(config, "to_json_string"):
+        return
+    if record is not None:
+        config.tdc = {"plan": record[1].to_json(), "report": record[0].to_json()}
+    elif hasattr(config, "tdc"):
+        del config.tdc
 
 
 def _read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -145,7 +158,7 @@ def _read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ModelError(f"{index} names files outside its folder")
         tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors |= load_file(folder / name)
+            tensors |= {key: tensor.clone() for key, tensor in load_file(folder / name).items()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, ModelError):
             raise

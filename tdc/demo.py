@@ -27,7 +27,7 @@ _MODULES = """
     decimal difflib email.message enum fractions functools getpass gettext glob gzip heapq http.client imaplib
     inspect io ipaddress itertools json logging mailbox math multiprocessing.pool optparse os pathlib pickle
     platform plistlib pprint queue random re sched selectors shelve shlex shutil smtplib socket socketserver
-    sqlite3 statistics string subprocess tarfile tempfile textwrap threading timeit traceback turtle typing
+    sqlite3 statistics string subprocess tarfile tempfile textwrap threading timeit traceback turtle
     unittest.case unittest.mock urllib.request uuid weakref zipfile
 """.split()
 

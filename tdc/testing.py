@@ -6,6 +6,7 @@ The references are slow, in numpy and float64, and share no code with what they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def random_mlp(
     falling spectrum.
     """
     layers: list[nn.Module] = []
-    for k, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+    for k, (inner, outer) in enumerate(pairwise(widths)):
         layer = nn.Linear(inner, outer)
         with torch.no_grad():
             layer.weight.copy_(random_weight(outer, inner, seed=seed + k))

@@ -1,4 +1,4 @@
-"""The same input, options and seed give the same plan, factors and bytes; a saved model computes the same bits elsewhere."""
+"""The same input, options and seed give the same bytes; a saved model computes the same bits in another process."""
 
 from __future__ import annotations
 

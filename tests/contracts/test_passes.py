@@ -37,7 +37,9 @@ def opened(model: nn.Module, *, inplace: bool = False, **options: Any) -> Unit:
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
     """All that a pass could change in a model: tensors, modules, modes, hooks."""
     tensors = [(name, t.data_ptr(), t.clone()) for name, t in model.state_dict().items()]
-    modules = [(name, id(m), m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()]
+    modules = [
+        (name, id(m), m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()
+    ]
     return (*((name, place, tuple(t.flatten().tolist())) for name, place, t in tensors), *modules)
 
 

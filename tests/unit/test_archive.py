@@ -93,14 +93,17 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tens
         lambda head, tensors: head.update(plan="{}"),
         lambda head, tensors: head.update(report="[]"),
         lambda head, tensors: head.update(report="3"),
-        lambda head, tensors: head.update(aliases={"0.bias": "nothing"}),
+        lambda head, tensors: (tensors.pop("0.bias"), head.update(aliases={"0.bias": "nothing"})),
+        lambda head, tensors: head.update(aliases={"0.bias": [3]}),
         lambda head, tensors: head.update(aliases=[3]),
         lambda head, tensors: tensors.pop("0.bias"),
         lambda head, tensors: tensors.update({"0.bias": torch.zeros(3)}),
         lambda head, tensors: tensors.update({"extra": torch.zeros(3)}),
         lambda head, tensors: tensors.pop(next(key for key in tensors if key.startswith("0.weight_"))),
     ],
-    ids="format version no-plan no-report plan report report-3 alias aliases no-bias bias extra no-factor".split(),
+    ids=(
+        "format version no-plan no-report plan report report-3 lost-alias alias aliases no-bias bias extra no-factor"
+    ).split(),
 )
 def test_a_tampered_file_is_refused_by_a_typed_error(tmp_path: Path, change: Callable[..., object]) -> None:
     path = rewritten(tmp_path / "m.tdc", change)

@@ -29,7 +29,7 @@ def test_a_failure_leaves_nothing_and_what_was_there_stays(
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
         patch.setattr(files.os, broken, fail)
-        with pytest.raises(DestinationError, match="a.bin cannot be written: No space left on device"):
+        with pytest.raises(DestinationError, match=r"a\.bin cannot be written: No space left on device"):
             atomic_write(path, b"new")
         with pytest.raises(DestinationError):
             atomic_write(tmp_path / "b.bin", b"new")

@@ -32,7 +32,10 @@ def restore(
     for path, module in swaps:
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
-    answer = model.load_state_dict(dict(tensors), strict=False, assign=True)
+    try:
+        answer = model.load_state_dict(dict(tensors), strict=False, assign=True)
+    except RuntimeError as error:
+        raise PlanError(f"the saved tensors do not fit the model: {error}") from error
     loaded = set(tensors)
     missing = [name for name in answer.missing_keys if not any(name in group and group & loaded for group in groups)]
     if missing or answer.unexpected_keys:

@@ -26,11 +26,15 @@ def fitted(name: str, variant: str, weight: torch.Tensor, rank: int, metric: Met
 @pytest.mark.parametrize(("name", "variant"), CASES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("with_data", [False, True])
-def test_the_optimum_in_the_metric_is_attained(name: str, variant: str, shape: tuple[int, int], with_data: bool) -> None:
+def test_the_optimum_in_the_metric_is_attained(
+    name: str, variant: str, shape: tuple[int, int], with_data: bool
+) -> None:
     weight, metric = random_weight(*shape), random_metric(shape[1]) if with_data else Metric("weight")
     for rank in range(1, min(shape)):
         best = optimal_error(weight, metric, rank)
-        assert relative_error(weight, fitted(name, variant, weight, rank, metric), metric) == pytest.approx(best, rel=1e-10)
+        assert relative_error(weight, fitted(name, variant, weight, rank, metric), metric) == pytest.approx(
+            best, rel=1e-10
+        )
 
 
 @settings(max_examples=30)

@@ -71,13 +71,17 @@ def test_counts_are_those_of_the_shapes(o: int, i: int, p: int) -> None:
 
 
 def test_at_says_where_each_row_of_the_weight_stands() -> None:
-    layout = Layout(Rebuild.parse("o i = a[p i] | b[q i] over o = p q at place"), (("o", 3), ("i", 1), ("p", 2), ("q", 1)))
+    layout = Layout(
+        Rebuild.parse("o i = a[p i] | b[q i] over o = p q at place"), (("o", 3), ("i", 1), ("p", 2), ("q", 1))
+    )
     factors = {"a": torch.tensor([[10.0], [20.0]]), "b": torch.tensor([[30.0]]), "place": torch.tensor([2, 0, 1])}
     assert rebuild(factors, layout).flatten().tolist() == [30, 10, 20]
 
 
 def test_by_says_which_row_of_the_weight_each_one_is() -> None:
-    layout = Layout(Rebuild.parse("o i = a[p i] | b[q i] over o = p q by order"), (("o", 3), ("i", 1), ("p", 2), ("q", 1)))
+    layout = Layout(
+        Rebuild.parse("o i = a[p i] | b[q i] over o = p q by order"), (("o", 3), ("i", 1), ("p", 2), ("q", 1))
+    )
     factors = {"a": torch.tensor([[10.0], [20.0]]), "b": torch.tensor([[30.0]]), "order": torch.tensor([2, 0, 1])}
     assert rebuild(factors, layout).flatten().tolist() == [20, 30, 10]
 

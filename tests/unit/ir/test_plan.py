@@ -24,7 +24,9 @@ def example() -> Plan:
         Candidate(first, "svd", "", (("r", 3),), 0.125, 2.0, Cost(60, 240, 60.0), Cost(96, 384, 96.0)),
         Candidate(second, DENSE, cost=Cost(72, 288, 72.0), dense_cost=Cost(72, 288, 72.0)),
     )
-    return Plan(choices, "weight", "", "cpu", "params=0.8", remarks=(Remark("b.weight", "choose-plan", "too precious"),))
+    return Plan(
+        choices, "weight", "", "cpu", "params=0.8", remarks=(Remark("b.weight", "choose-plan", "too precious"),)
+    )
 
 
 def renamed(site: Site, name: str) -> Site:
@@ -39,9 +41,19 @@ def plans(draw: st.DrawFn) -> Plan:
         site = random_site(random_weight(3 + k, 5), order=k, name=name)
         ranks = tuple(draw(st.dictionaries(st.sampled_from("rstq"), st.integers(1, 99), max_size=2)).items())
         costs = [Cost(draw(st.integers(0, 10**9)), draw(st.integers(0, 10**9)), draw(FINITE)) for _ in range(2)]
-        choices.append(Candidate(site, draw(st.text(max_size=5)), draw(st.text(max_size=3)), ranks, draw(FINITE), draw(FINITE), *costs))
+        choices.append(
+            Candidate(
+                site, draw(st.text(max_size=5)), draw(st.text(max_size=3)), ranks, draw(FINITE), draw(FINITE), *costs
+            )
+        )
     remarks = tuple(Remark(*draw(st.tuples(st.text(), st.text(), st.text()))) for _ in names)
-    return Plan(tuple(choices), draw(st.text(max_size=5)), draw(st.text(max_size=5)), seed=draw(st.integers(0, 99)), remarks=remarks)
+    return Plan(
+        tuple(choices),
+        draw(st.text(max_size=5)),
+        draw(st.text(max_size=5)),
+        seed=draw(st.integers(0, 99)),
+        remarks=remarks,
+    )
 
 
 def everything(plan: Plan) -> str:
@@ -74,7 +86,10 @@ def test_plans_that_decide_otherwise_are_unequal(change: dict[str, object]) -> N
 def test_another_rank_or_another_weight_is_another_plan() -> None:
     plan = example()
     other = random_site(random_weight(12, 8, seed=1), name="a.weight")
-    for choice in (dataclasses.replace(plan.choices[0], ranks=(("r", 4),)), dataclasses.replace(plan.choices[0], site=other)):
+    for choice in (
+        dataclasses.replace(plan.choices[0], ranks=(("r", 4),)),
+        dataclasses.replace(plan.choices[0], site=other),
+    ):
         assert dataclasses.replace(plan, choices=(choice, plan.choices[1])) != plan
 
 

@@ -17,7 +17,9 @@ def test_writing_and_reading_is_the_identity() -> None:
     assert Site.from_dict(site(order=3).to_dict()).names == ("layer3.weight",)
 
 
-@pytest.mark.parametrize("change", [{"names": []}, {"kind": "conv"}, {"sizes": {"o": "x"}}, {"sketch": ["x"]}, {"order": None}])
+@pytest.mark.parametrize(
+    "change", [{"names": []}, {"kind": "conv"}, {"sizes": {"o": "x"}}, {"sketch": ["x"]}, {"order": None}]
+)
 def test_a_broken_site_is_refused(change: dict[str, object]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         Site.from_dict({**site().to_dict(), **change})

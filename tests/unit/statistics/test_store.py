@@ -95,7 +95,9 @@ def test_a_tampered_file_is_refused(tmp_path: Path, changes: dict[str, Any], mes
         Statistics.load(tampered(tmp_path / "a.stats", **changes))
 
 
-@pytest.mark.parametrize("wrong", [{"moment": -1}, {"moment": 7}, {"sensitivity": float("nan")}, {"sensitivity": -1}, {"rows": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"moment": -1}, {"moment": 7}, {"sensitivity": float("nan")}, {"sensitivity": -1}, {"rows": 0}]
+)
 def test_a_file_with_impossible_numbers_is_refused(tmp_path: Path, wrong: dict[str, float]) -> None:
     row = {**example().sites[0].site.to_dict(), "moment": 0, "rows": 3, "sensitivity": 1.0, **wrong}
     with pytest.raises(CalibrationError, match=r"a\.stats cannot be read"):

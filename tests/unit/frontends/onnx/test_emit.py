@@ -19,6 +19,7 @@ from torch import Tensor
 from tdc import decompositions, targets
 from tdc.errors import VerificationError
 from tdc.frontends.onnx import OnnxProgram, save_model
+from tdc.frontends.program import Replacement
 from tdc.ir import Block, Equation, Metric, Op, OpKind, Site
 from tdc.planning.path import contraction_paths
 
@@ -46,7 +47,7 @@ def lowered(
 def replace_all(program: OnnxProgram, form: str, ranks: Mapping[str, int] | None = None) -> ir.Model:
     for site in program.sites()[0]:
         block, factors, _ = lowered(program.weight(site), form, ranks)
-        program.replace(site, block, factors, form)
+        program.replace(site, Replacement(block, factors, form))
     return program.finish()
 
 
@@ -241,10 +242,10 @@ def test_what_cannot_be_written_is_refused_before_the_cut(case: Callable[..., An
     ]
     for block, factors, message in cases:
         with pytest.raises(VerificationError, match=message):
-            program.replace(site, block, factors, "none")
+            program.replace(site, Replacement(block, factors, "none"))
     unknown = dataclasses.replace(bad_block("b i, o i -> b o"), ops=(Op("fold", "t0", ("x", "f")),))
     with pytest.raises(VerificationError, match="cannot write 't0 = fold"):
-        program.replace(site, unknown, {"f": factor}, "none")
+        program.replace(site, Replacement(unknown, {"f": factor}, "none"))
     assert ir.to_proto(program.finish()) == ir.to_proto(program.model)
 
 
@@ -258,7 +259,7 @@ def test_bfloat16_factors_keep_their_bits(build: Build, opened: Opened) -> None:
     program = opened(proto)
     site: Site = program.sites()[0][0]
     block, factors, _ = lowered(program.weight(site), "svd", {"r": 2})
-    program.replace(site, block, factors, "svd")
+    program.replace(site, Replacement(block, factors, "svd"))
     made = ir.to_proto(program.finish())
     (u,) = [tensor for tensor in made.graph.initializer if tensor.name == "w.tdc_u"]
     assert u.raw_data == factors["u"].T.contiguous().view(torch.uint16).numpy().tobytes()
