@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tdc.errors import BudgetError, ModelError, VerificationError
+from tdc.errors import ModelError, VerificationError
 from tdc.ir import Candidate, Plan, Remark
-from tdc.planning.allocate import Option, allocate
+from tdc.planning.allocate import Option, allocate, allocate_uniform
 from tdc.planning.budget import Budget
 
 from .base import Pass, Unit
@@ -32,10 +31,10 @@ class ChoosePlan(Pass):
         budget = Budget.parse(unit.options.budget)
         rows = [unit.candidates[site.order] for site in unit.sites]
         if unit.options.allocation == "uniform":
-            picked = [_within(row, budget) for row in rows]
+            taken = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget)
         else:
-            options = [[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows]
-            picked = [row[k] for row, k in zip(rows, allocate(options, budget), strict=True)]
+            taken = allocate([[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows], budget)
+        picked = [row[k] for row, k in zip(rows, taken, strict=True)]
         remarks = [_kept_dense(c) for c, row in zip(picked, rows, strict=True) if c.is_dense and len(row) > 1]
         unit = unit.remarking(*remarks)
         plan = Plan(
@@ -56,18 +55,6 @@ class ChoosePlan(Pass):
         for key, limit in Budget.parse(after.options.budget).allowance(dense).items():
             if getattr(spent, key) > limit * (1 + 1e-9):
                 raise VerificationError(f"the plan spends {getattr(spent, key)} {key}; the budget allows {limit}")
-
-
-def _within(row: Sequence[Candidate], budget: Budget) -> Candidate:
-    """The candidate of least error, then least cost, that keeps the budget on its own site."""
-    fitting = [
-        c for c in row if all(getattr(c.cost, key) <= limit for key, limit in budget.allowance(c.dense_cost).items())
-    ]
-    if not fitting:
-        least = min(row, key=lambda c: c.cost.params)
-        keep = least.cost.params / least.dense_cost.params
-        raise BudgetError(f"{least.site.name} cannot reach {budget}: its nearest reachable is params={keep:.4f}")
-    return min(fitting, key=lambda c: (c.error, c.cost.params))
 
 
 def _kept_dense(candidate: Candidate) -> Remark:

@@ -69,14 +69,15 @@ def _reordered(unit: Unit, choices: Mapping[int, Candidate]) -> tuple[dict[int, 
         layout, _ = lowered(unit.target, choice)
         place = unit.factors[order][layout.rebuild.index].long()
         reader = choices[next(s for s in unit.sites if s.order == order).pointwise_consumer or 0]
-        factors[reader.site.order] = _reads(lowered(unit.target, reader)[0], factors[reader.site.order], place)
+        axis = reader.site.kind.dense.inputs[0].axes[-1]
+        factors[reader.site.order] = _reads(lowered(unit.target, reader)[0], factors[reader.site.order], place, axis)
         orders[order] = torch.argsort(place)
     return factors, orders
 
 
-def _reads(layout: Layout, factors: Factors, place: Tensor) -> dict[str, Tensor]:
-    """Factors of a site whose input x comes as ``stack`` with ``x = stack[place]``."""
-    shape, axis = layout.rebuild, "i"
+def _reads(layout: Layout, factors: Factors, place: Tensor, axis: str) -> dict[str, Tensor]:
+    """Factors of a site whose input x (along ``axis``) comes as ``stack`` with ``x = stack[place]``."""
+    shape = layout.rebuild
     if shape.join == axis:
         index = place[factors[shape.index].long()].to(factors[shape.index].dtype)
         return {**factors, shape.index: index}

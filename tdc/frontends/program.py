@@ -63,7 +63,7 @@ class Program(Protocol):
         """Floating outputs by name, with the weights of some sites (by ``site.order``) replaced for this run."""
 
     def cost(self) -> Cost:
-        """Parameters and bytes of the whole model; ``macs`` is 0 (see the report for those of the sites)."""
+        """Of the whole model: parameters, bytes, and multiply-adds of one run on the example (0 if not counted)."""
 
     def replace(self, site: Site, new: Replacement) -> None:
         """Note that all uses of ``site`` are to be replaced."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from ..errors import BudgetError
 from ..ir import Cost
 from .budget import Budget
 
-__all__ = ["Option", "allocate"]
+__all__ = ["Option", "allocate", "allocate_uniform"]
 
 _BISECTIONS = 200
 _ROUNDS = 60
@@ -37,7 +38,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
     """
     dense = sum((site[-1].cost for site in options), Cost(0, 0, 0))
     allowed = {key: limit for key, limit in budget.allowance(dense).items() if getattr(dense, key) > 0}
-    _check_reachable(options, allowed, dense)
+    _check_reachable(options, budget, dense)
     weights = {key: 1.0 / len(allowed) for key in allowed}
     best: list[int] | None = None
     for _ in range(_ROUNDS if len(allowed) > 1 else 1):
@@ -133,14 +134,39 @@ def _loss(options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
     return sum(site[k].loss for site, k in zip(options, chosen, strict=True))
 
 
-def _check_reachable(options: Sequence[Sequence[Option]], allowed: Mapping[str, float], dense: Cost) -> None:
-    least = {key: sum(min(getattr(o.cost, key) for o in site) for site in options) for key in allowed}
-    if any(least[key] > limit for key, limit in allowed.items()):
-        import math
+def allocate_uniform(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
+    """For every site the option of least loss, then of least cost, that keeps the budget on that site alone.
 
-        asked = ",".join(f"{key}={limit / getattr(dense, key):g}" for key, limit in allowed.items())
-        nearest = ",".join(
-            f"{key}={max(math.ceil(1e4 * least[key] / getattr(dense, key)) / 1e4, limit / getattr(dense, key)):g}"
-            for key, limit in allowed.items()
-        )
-        raise BudgetError(f"the budget {asked} cannot be reached; the nearest reachable one is {nearest}")
+    Raises BudgetError with the nearest budget that every site can reach.
+    """
+    dense = [site[-1].cost for site in options]
+    shares = [
+        {key: min(_share(o.cost, d, key) for o in site) for key, _ in budget.limits}
+        for site, d in zip(options, dense, strict=True)
+    ]
+    _refuse_unreachable({key: max(share[key] for share in shares) for key, _ in budget.limits}, budget)
+    chosen = []
+    for site, whole in zip(options, dense, strict=True):
+        allowed = budget.allowance(whole)
+        fitting = [
+            k for k, o in enumerate(site) if all(getattr(o.cost, key) <= limit for key, limit in allowed.items())
+        ]
+        chosen.append(min(fitting, key=lambda k: (site[k].loss, site[k].cost.params)))
+    return chosen
+
+
+def _share(cost: Cost, dense: Cost, key: str) -> float:
+    whole = getattr(dense, key)
+    return float(getattr(cost, key) / whole) if whole else 0.0
+
+
+def _check_reachable(options: Sequence[Sequence[Option]], budget: Budget, dense: Cost) -> None:
+    least = {key: sum(min(getattr(o.cost, key) for o in site) for site in options) for key, _ in budget.limits}
+    _refuse_unreachable({key: least[key] / (getattr(dense, key) or 1) for key in least}, budget)
+
+
+def _refuse_unreachable(least: Mapping[str, float], budget: Budget) -> None:
+    """Raise BudgetError if a limit is below the least share; the nearest budget is rounded up to four decimals."""
+    if any(least[key] > keep for key, keep in budget.limits):
+        nearest = ",".join(f"{key}={max(math.ceil(1e4 * least[key]) / 1e4, keep)}" for key, keep in budget.limits)
+        raise BudgetError(f"the budget {budget} cannot be reached; the nearest reachable one is {nearest}")

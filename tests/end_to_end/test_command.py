@@ -78,7 +78,15 @@ def test_what_goes_wrong_is_one_line_and_a_status(model: Path, capsys: pytest.Ca
 
 def test_wrong_calibration_names_the_input(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(model.parent / "wrong.npz", x=np.zeros((8, 63), np.float32))
-    arguments = ["plan", str(model), "--budget", "params=0.5", "--calibration", str(model.parent / "wrong.npz"), "--quiet"]
+    arguments = [
+        "plan",
+        str(model),
+        "--budget",
+        "params=0.5",
+        "--calibration",
+        str(model.parent / "wrong.npz"),
+        "--quiet",
+    ]
     assert main(arguments) == 2
     assert "x" in capsys.readouterr().err
 

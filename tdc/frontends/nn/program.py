@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import CalibrationError, ModelError
 from ...ir import Cost, Decline, OpKind, Remark, Site
@@ -102,7 +103,10 @@ class NnProgram:
     def cost(self) -> Cost:
         tensors = {_storage_key(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         floating = [t for t in tensors.values() if t.is_floating_point()]
-        return Cost(sum(t.numel() for t in floating), sum(t.numel() * t.element_size() for t in tensors.values()), 0)
+        stored = sum(t.numel() * t.element_size() for t in tensors.values())
+        with _evaluation(self.model), FlopCounterMode(display=False) as counter:
+            self._run(self._example)
+        return Cost(sum(t.numel() for t in floating), stored, counter.get_total_flops() / 2)
 
     # ---- running
 
