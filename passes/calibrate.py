@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -79,12 +79,11 @@ def _gather(unit: Unit) -> Statistics:
     moments = tuple((s.total / s.rows).float() for s in sums)
     means = tuple((s.sum / s.rows).float() for s in sums)
     probe = list(unit.program.batches(unit.probe)) if unit.probe is not None else []
-    weights = _sensitivities(unit, seen, [moments[place[site.order]] for site in seen], probe or _short(unit, first))
-    entries = tuple(
-        SiteStatistics(site, place[site.order], sums[place[site.order]].rows, weight)
-        for site, weight in zip(seen, weights, strict=True)
-    )
-    return Statistics(entries, moments, means, batches, tuple(remarks))
+    entries = tuple(SiteStatistics(site, place[site.order], sums[place[site.order]].rows, 1.0) for site in seen)
+    gathered = Statistics(entries, moments, means, batches, tuple(remarks))
+    weights = _sensitivities(unit, gathered, probe or _short(unit, first))
+    entries = tuple(replace(entry, sensitivity=weight) for entry, weight in zip(entries, weights, strict=True))
+    return replace(gathered, sites=entries)
 
 
 def _observe(unit: Unit) -> tuple[Collector, Any, int]:
@@ -131,16 +130,16 @@ def _short(unit: Unit, batch: Any) -> list[Any]:
     return [short]
 
 
-def _sensitivities(unit: Unit, sites: Sequence[Site], moments: Sequence[Tensor], probe: Sequence[Any]) -> list[float]:
+def _sensitivities(unit: Unit, gathered: Statistics, probe: Sequence[Any]) -> list[float]:
     """``divergence / e`` with one site at a time replaced by its optimum of relative squared error e near
     PROBE_ERROR.
     """
     references = [unit.program.outputs(batch, {}) for batch in probe]
     found = []
-    pairs = track(zip(sites, moments, strict=True), "probing sites", total=len(sites), show=unit.options.progress)
-    for site, moment in pairs:
+    for entry in track(gathered.sites, "probing sites", show=unit.options.progress):
+        site = entry.site
         weight = unit.program.weight(site)
-        best = low_rank(weight.double(), Metric("input", moment.double()))
+        best = low_rank(weight.double(), Metric("input", gathered.second_moment(entry)))
         rank = _probe_rank(best.tail)
         if rank is None:
             found.append(0.0)

@@ -2,6 +2,6 @@
 
 from .divergence import divergence
 from .moments import Collector, Moments
-from .store import SiteStatistics, Statistics
+from .store import SiteStatistics, Statistics, shrunk
 
-__all__ = ["Collector", "Moments", "SiteStatistics", "Statistics", "divergence"]
+__all__ = ["Collector", "Moments", "SiteStatistics", "Statistics", "divergence", "shrunk"]

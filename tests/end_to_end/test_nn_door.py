@@ -97,7 +97,7 @@ def test_error_falls_with_the_budget(name: str) -> None:
 def test_the_input_metric_serves_the_data_better_than_the_weight_metric() -> None:
     """One layer: the metric is the mean squared error of its output on the data, so nothing can beat it there."""
     model = nn.Sequential(linear(random_weight(16, 24))).double()
-    x = torch.randn(256, 24, dtype=torch.float64) * torch.logspace(0, -3, 24, dtype=torch.float64)
+    x = torch.randn(24000, 24, dtype=torch.float64) * torch.logspace(0, -3, 24, dtype=torch.float64)
     made = {
         m: tdc.compress(model, x, budget=BUDGET, metric=m, calibration=[x], progress=False) for m in ("weight", "input")
     }
@@ -105,7 +105,7 @@ def test_the_input_metric_serves_the_data_better_than_the_weight_metric() -> Non
     assert lost["input"] < lost["weight"]
     (site,) = tdc.report(made["input"]).sites
     second = (model(x) - model[0].bias).square().mean().item()
-    assert lost["input"] / second == pytest.approx(site.error, rel=1e-4)
+    assert lost["input"] / second == pytest.approx(site.error, rel=1e-3)  # with 1000 rows per input
 
 
 def test_the_class_stays_and_the_original_is_untouched() -> None:
