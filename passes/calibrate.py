@@ -30,12 +30,11 @@ _FEW_ROWS = 20
 class Calibrate(Pass):
     """Runs the dense model on the calibration batches, unless the unit has statistics or needs none.
 
-    For each site: ``S = E[x x^T]`` and ``E[x]`` of its input, in one run over all batches. Then the sensitivity,
-    forward runs
-    only: the site's weight alone is replaced by its low-rank optimum of relative squared error e near 0.03 in the input
-    metric, and ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the probe batches:
-    the given ones, or the first eight examples of the first calibration batch. Uniform weights are worse than no
-    allocation.
+    For each site: ``S = E[x x^T]`` and ``E[x]`` of its input, in one run over all batches. Then the sensitivity, by
+    forward runs only. The site's weight alone is replaced by its low-rank optimum of relative squared error e near 0.03
+    in the input metric, and ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the
+    probe batches: the given ones, or the first eight examples of the first calibration batch. Uniform weights are worse
+    than no allocation.
     """
 
     name = "calibrate"

@@ -11,8 +11,10 @@ from ._clash import check
 check()
 
 import argparse  # noqa: E402
+import os  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -23,24 +25,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(arguments)
     _forget_checkout()
-    from .errors import TdcError
+    _print_any_name()
+    from .errors import DestinationError, TdcError
 
     try:
         options.run(options)
+        sys.stdout.flush()
         return 0
     except TdcError as error:
-        print(f"tdc: {error}", file=sys.stderr)
+        print(f"tdc: {_visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("tdc: interrupted; nothing was written", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        _drop_output()
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and _drop_output():
+            print(f"tdc: the result cannot be printed: {error.strerror or error}", file=sys.stderr)
+            return DestinationError.exit_code
         if options.debug:
             raise
         print(f"tdc: internal error, {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
         return 70
+
+
+def _print_any_name() -> None:
+    """Let names be printed that the terminal's encoding lacks: as escapes, instead of a failure after the work."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _visible(text: str) -> str:
+    """Control characters as escapes: names in a model are data, and must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _drop_output() -> bool:
+    """Whether standard output takes nothing any more; then nothing is tried again at exit."""
+    try:
+        sys.stdout.flush()
+        return False
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 def _forget_checkout() -> None:
@@ -123,31 +153,43 @@ def _keywords(options: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(options: argparse.Namespace) -> None:
     from .api import plan
-    from .files import atomic_write, checked_destination
+    from .files import atomic_write
 
     if options.output:
-        checked_destination(options.output)
+        _check_output(options.output, options.model, options.statistics, options.calibration)
     made = plan(options.model, **_keywords(options))
-    print(made)
     if options.output:
         atomic_write(options.output, made.to_json().encode())
+    print(_visible(str(made)))
+
+
+def _check_output(output: str, *read: str | None) -> None:
+    """Raise DestinationError if a file cannot be put there, or if it is one that this command reads."""
+    from .errors import DestinationError
+    from .files import checked_destination
+
+    path = checked_destination(output)
+    for name in read:
+        if name and path.exists() and Path(name).exists() and path.samefile(name):
+            raise DestinationError(f"{path} is the input file: choose another name for the output")
 
 
 def _compress(options: argparse.Namespace) -> None:
     from .api import compress_onnx
+    from .frontends.onnx import file_size
 
+    _check_output(options.destination, options.model, options.plan, options.statistics, options.calibration)
     made = compress_onnx(options.model, options.destination, plan=options.plan, **_keywords(options))
-    print(made)
-    before, after = Path(options.model).stat().st_size, Path(options.destination).stat().st_size
-    print(f"\nfile: {before:,} -> {after:,} bytes, keep {after / before:.4f}")
+    print(_visible(str(made)))
+    before, after = file_size(options.model), file_size(options.destination)
+    print(f"\nfiles: {before:,} -> {after:,} bytes, keep {after / before:.4f}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
     from .api import calibrate
     from .data import NpzBatches
-    from .files import checked_destination
 
-    checked_destination(options.output)
+    _check_output(options.output, options.model, options.data)
     batches = NpzBatches(options.data, options.batch)
     keywords = {"exclude": options.exclude, "seed": options.seed, "progress": not options.quiet}
     statistics = calibrate(options.model, batches, **keywords)
@@ -159,7 +201,7 @@ def _report(options: argparse.Namespace) -> None:
     from .api import report
 
     made = report(options.file)
-    print(made.to_json() if options.json else made)
+    print(made.to_json() if options.json else _visible(str(made)))
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -45,13 +45,11 @@ class NpzBatches:
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
-    import zipfile
-
     try:
         with np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy, zipfile, zlib and the reader of headers each raise their own for damaged files
         raise CalibrationError(f"{file} cannot be read as an .npz file: {error}") from error
-    if not arrays:
-        raise CalibrationError(f"{file} holds no arrays")
+    if not arrays or not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise CalibrationError(f"{file} holds no arrays, or something else beside them")
     return arrays
