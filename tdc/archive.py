@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import targets
 from .errors import ModelError, PlanError
 from .files import atomic_write, checked_destination
+from .frontends.nn import FactoredLinear
 from .frontends.nn.restore import restore
 from .ir import Block, Decline, Plan, Site
 from .passes.propose_layouts import lowered
@@ -43,10 +44,13 @@ def save(small: nn.Module, path: str | Path) -> None:
     if record is None:
         raise ModelError("this module was not made by tdc.compress or tdc.load: use torch.save or safetensors for it")
     made, plan = record
+    _check_told(small, plan)
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, tensor in small.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ModelError(f"{name} of the model's state is no tensor but a {type(tensor).__name__}: use torch.save")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
         if key in first:
             aliases[name] = first[key]
@@ -61,6 +65,17 @@ def save(small: nn.Module, path: str | Path) -> None:
         "report": made.to_json(),
     }
     atomic_write(path, to_bytes(tensors, metadata={"tdc": json.dumps(head)}))
+
+
+def _check_told(small: nn.Module, plan: Plan) -> None:
+    """Raises ModelError if a factored layer is not in the plan, so that the file could not be loaded."""
+    told = {name.removesuffix(".weight") for c in plan.choices if not c.is_dense for name in c.site.names}
+    modules = small.named_modules(remove_duplicate=False)
+    if other := [path for path, module in modules if isinstance(module, FactoredLinear) and path not in told]:
+        raise ModelError(
+            f"{', '.join(other[:3])} was factored by an earlier compression, which the last plan does not tell: "
+            f"compress once with one plan, or use torch.save"
+        )
 
 
 def load(path: str | Path, model: M) -> M:
@@ -88,7 +103,8 @@ def load(path: str | Path, model: M) -> M:
                 raise PlanError(f"{choice.site.name}: {block.reason}")
             rows.append((choice.site, block, choice.decomposition))
     restore(new, rows, tensors, head.get("aliases", {}))
-    new.__dict__[RECORD] = (Report.from_json(head["report"]), plan)
+    new.__dict__[RECORD] = record = (Report.from_json(head["report"]), plan)
+    note_in_config(new, record)
     return new
 
 
@@ -134,14 +150,19 @@ def _texts(values: Iterable[object]) -> bool:
 def note_in_config(small: nn.Module, record: tuple[Report, Plan] | None) -> None:
     """Put plan and report into a transformers model's ``config``, so that a ``save_pretrained`` folder can be
     loaded again; None takes them out.
+
+    The model must be saved under its own names: the renaming to the names of older checkpoints
+    (``_weight_conversions``, by default for Mixtral, ViT and others) knows no factors, and is switched off.
     """
     config = getattr(small, "config", None)
     if config is None or not hasattr(config, "to_json_string"):
         return
     if record is not None:
         config.tdc = {"plan": record[1].to_json(), "report": record[0].to_json()}
+        small.__dict__["_weight_conversions"] = []
     elif hasattr(config, "tdc"):
         del config.tdc
+        small.__dict__.pop("_weight_conversions", None)
 
 
 def _read_pretrained(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class NpzBatches:
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(file):
+        raise CalibrationError(f"{file} cannot be read as an .npz file: it is not what numpy.savez writes, or cut off")
     try:
         with np.load(file, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}

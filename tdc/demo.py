@@ -143,11 +143,12 @@ def _files_and_onnx(
     from safetensors.torch import save_model
 
     (model, small), (plan, statistics) = models, made
+    print("\nexporting the dense model to ONNX", flush=True)
     save_model(model, str(folder / "dense.safetensors"))
     tdc.save(small, folder / "small.tdc")
     export_onnx(model, folder / "dense.onnx")
     report = tdc.compress_onnx(folder / "dense.onnx", folder / "small.onnx", plan=plan, statistics=statistics)
-    print(f"\nthe same plan through the ONNX door: {report.replaced} sites replaced; files:")
+    print(f"the same plan through the ONNX door: {report.replaced} sites replaced; files:")
     for before, after in (("dense.safetensors", "small.tdc"), ("dense.onnx", "small.onnx")):
         old, new = ((folder / name).stat().st_size for name in (before, after))
         print(f"  {before} {format_count(old)}B -> {after} {format_count(new)}B, keep {new / old:.3f} (all in all)")

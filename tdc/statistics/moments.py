@@ -56,27 +56,42 @@ class Moments:
 class Collector:
     """Gathers :class:`Moments` for sites; sites that have always read the very same activations share one.
 
-    Within a batch every distinct activation (tensor object) is multiplied once. Memory: two (i, i) float64 matrices
-    per distinct activation of a batch.
+    Within a batch every distinct activation (tensor object, unless it was written to in between) is multiplied once.
+    Memory: two (i, i) float64 matrices per distinct activation of a batch; those that a layer reads in a loop, and
+    that are gone, share one.
     """
 
     moments: list[Moments] = field(default_factory=list)
     group: dict[int, int] = field(default_factory=dict)
     """``site.order`` -> place in ``moments``."""
-    _batch: list[Moments] = field(default_factory=list)
-    _known: list[weakref.ref[Tensor]] = field(default_factory=list)
+    _batch: dict[int, Moments] = field(default_factory=dict)
+    _known: dict[int, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
     _reads: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def tap(self, site: Site, activation: Tensor) -> None:
         """Take in one use's activation (..., i)."""
-        place = next((k for k, known in enumerate(self._known) if known() is activation), None)
+        version = -1 if activation.is_inference() else activation._version
+        place = next((k for k, (ref, v) in self._known.items() if ref() is activation and v == version), None)
         if place is None:
-            place = len(self._batch)
+            if site.order in self._reads:
+                self._join_gone()
+            place = max(self._batch, default=-1) + 1
             fresh = Moments.zeros(activation.shape[-1])
             fresh.add(activation)
-            self._batch.append(fresh)
-            self._known.append(weakref.ref(activation))
+            self._batch[place] = fresh
+            self._known[place] = (weakref.ref(activation), version)
         self._reads[site.order] = (*self._reads.get(site.order, ()), place)
+
+    def _join_gone(self) -> None:
+        """One sum for all activations of this batch that are gone and were read by the same sites."""
+        kept: dict[tuple[tuple[int, int], ...], int] = {}
+        for place in [k for k, (ref, _) in self._known.items() if ref() is None]:
+            readers = tuple((key, reads.count(place)) for key, reads in self._reads.items() if place in reads)
+            first = kept.setdefault(readers, place)
+            if first != place:
+                self._batch[first].merge(self._batch.pop(place))
+                del self._known[place]
+                self._reads = {key: tuple(p for p in reads if p != place) for key, reads in self._reads.items()}
 
     def end_batch(self) -> None:
         """To be called after each batch: add its sums, and part sites that read different activations this time."""
@@ -89,7 +104,7 @@ class Collector:
                 for place in reads:
                     self.moments[together[old, reads]].merge(self._batch[place])
             self.group[key] = together[old, reads]
-        self._batch, self._known, self._reads = [], [], {}
+        self._batch, self._known, self._reads = {}, {}, {}
 
     def _own(self, old: int, claimed: set[int], like: Moments) -> int:
         """The group's own sums if they are unclaimed and all its sites go on together; else a copy, or new ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -111,16 +111,18 @@ class _FloatingOutputs(nn.Module):
 
 
 def floating_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
-    """Floating tensors in what a model returned (a tensor, a mapping, a sequence), by key or place; others are
-    left out.
+    """Floating tensors in what a model returned (a tensor, a mapping, a sequence, a dataclass), by key or place;
+    others are left out.
     """
     if isinstance(output, Tensor):
         return {name: output} if output.is_floating_point() else {}
     if isinstance(output, Mapping):
         pairs = [(str(key), value) for key, value in output.items()]
     elif isinstance(output, (tuple, list)):
-        fields = getattr(output, "_fields", None) or [f"{name}_{k}" for k in range(len(output))]
-        pairs = list(zip(fields, output, strict=False))
+        keys = getattr(output, "_fields", None) or [f"{name}_{k}" for k in range(len(output))]
+        pairs = list(zip(keys, output, strict=False))
+    elif is_dataclass(output) and not isinstance(output, type):
+        pairs = [(entry.name, getattr(output, entry.name, None)) for entry in fields(output)]
     else:
         return {}
     found: dict[str, Tensor] = {}

@@ -20,7 +20,9 @@ _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_f
 
 def is_linear(module: nn.Module) -> bool:
     """True for ``nn.Linear`` (and subclasses with its forward) and for the transposed ``Conv1D`` of transformers."""
-    if not isinstance(module._parameters.get("weight"), Tensor) or hasattr(module, "parametrizations"):
+    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations"):
+        return False
+    if not isinstance(module._parameters.get("weight"), Tensor):
         return False
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward

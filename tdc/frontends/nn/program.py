@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import CalibrationError, ModelError
 from ...ir import Cost, Decline, OpKind, Remark, Site
@@ -18,6 +17,7 @@ from ..program import Replacement, Tap, passed_over_weight, sketch
 from .batches import Call, as_call, as_calls
 from .capture import Capture, Use, capture, floating_outputs
 from .factored import FactoredLinear, is_linear, linear_weight, stored_orientation
+from .macs import MacCounter
 
 __all__ = ["NnProgram"]
 
@@ -45,6 +45,7 @@ class NnProgram:
     def __init__(self, model: nn.Module, example: Any, *, inplace: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"the model must be a torch.nn.Module; got {type(model).__name__}")
+        _check_readable(model)
         self.model = model
         self.inplace = inplace
         self._example = as_call(model, example)
@@ -98,15 +99,15 @@ class NnProgram:
     def weight(self, site: Site) -> Tensor:
         weight = self._by_order[site.order]
         module = next(iter(weight.modules.values()))
-        return linear_weight(module, weight.tensor.detach()).cpu().contiguous()
+        return linear_weight(module, _plain(weight.tensor)).cpu().contiguous()
 
     def cost(self) -> Cost:
         tensors = {_storage_key(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         floating = [t for t in tensors.values() if t.is_floating_point()]
         stored = sum(t.numel() * t.element_size() for t in tensors.values())
-        with _evaluation(self.model), FlopCounterMode(display=False) as counter:
+        with _evaluation(self.model), MacCounter() as counter:
             self._run(self._example)
-        return Cost(sum(t.numel() for t in floating), stored, counter.get_total_flops() / 2)
+        return Cost(sum(t.numel() for t in floating), stored, counter.macs)
 
     # ---- running
 
@@ -123,23 +124,19 @@ class NnProgram:
             self._run(batch)
 
     def outputs(self, batch: Call, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        changed: dict[str, Tensor] = {}
+        changed: list[tuple[nn.Module, Tensor]] = []
         for order, new in weights.items():
             stored = self._by_order[order]
-            module = next(iter(stored.modules.values()))
-            changed[stored.names[0]] = stored_orientation(module, new.to(stored.tensor))
-        with _evaluation(self.model), torch.no_grad():
-            try:
-                result = torch.func.functional_call(self.model, changed, *batch)
-            except Exception as error:
-                raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
-        return floating_outputs(result)
+            for module in set(stored.modules.values()):
+                changed.append((module, stored_orientation(module, new.to(stored.tensor))))
+        with _evaluation(self.model), _holding(changed):
+            return floating_outputs(self._run(batch))
 
-    def _run(self, batch: Call) -> None:
+    def _run(self, batch: Call) -> Any:
         args, kwargs = batch
         with torch.no_grad():
             try:
-                self.model(*args, **kwargs)
+                return self.model(*args, **kwargs)
             except Exception as error:
                 raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
 
@@ -187,7 +184,7 @@ def _swaps(model: nn.Module, weight: _Weight, new: Replacement) -> list[tuple[st
 
 def _site(order: int, weight: _Weight, uses: int) -> Site:
     module = next(iter(weight.modules.values()))
-    canonical = linear_weight(module, weight.tensor.detach())
+    canonical = linear_weight(module, _plain(weight.tensor))
     o, i = canonical.shape
     return Site(
         kind=OpKind.LINEAR,
@@ -198,6 +195,12 @@ def _site(order: int, weight: _Weight, uses: int) -> Site:
         names=tuple(weight.names),
         uses=uses,
     )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without gradient, also where the tensor was made in inference mode (``detach`` of such one keeps the gradient)."""
+    with torch.no_grad():
+        return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -220,7 +223,8 @@ def _stored_weights(model: nn.Module) -> list[_Weight]:
             if name == "weight" and path and is_linear(module):
                 weight.modules[path] = module
             else:
-                weight.other.append(f"{full} of {type(module).__name__}")
+                itself = "" if path or not is_linear(module) else ", the model itself (put it into an nn.Sequential)"
+                weight.other.append(f"{full} of {type(module).__name__}{itself}")
     return list(found.values())
 
 
@@ -274,19 +278,65 @@ def _called_place(weight: _Weight, calls: Mapping[nn.Module, tuple[int, int]]) -
 
 def _copy_without(model: nn.Module, tensors: Iterable[Tensor]) -> nn.Module:
     """A deep copy that shares the given parameters, since they are about to be replaced."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0][:160]
+        raise ModelError(
+            f"the model cannot be copied ({type(error).__name__}: {first}); inplace=True changes the model itself"
+        ) from error
 
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again after it."""
+    """Evaluation mode inside, with fixed random numbers; modes, buffers and random state are as before after it.
+
+    The fused kernels of ``nn.TransformerEncoder`` are off: they pass hooks by, and make nested tensors.
+    """
     training = [module for module in model.modules() if module.training]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module in training:
             module.training = True
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+@contextmanager
+def _holding(weights: Iterable[tuple[nn.Module, Tensor]]) -> Iterator[None]:
+    """Modules with other weights inside. (``torch.func.functional_call`` does not put back what a module found by two
+    paths shares with another module.)
+    """
+    held = [(module, module._parameters["weight"], new) for module, new in weights]
+    try:
+        for module, _, new in held:
+            module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+        yield
+    finally:
+        for module, own, _ in held:
+            module._parameters["weight"] = own
+
+
+def _check_readable(model: nn.Module) -> None:
+    """Raises ModelError for modules whose weights cannot be read or exchanged."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a TorchScript module cannot be rewritten: give the nn.Module that it was made from")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(f"{name} is not initialized yet (a lazy module): run the model on one batch first")
+        if parameter.is_meta:
+            raise ModelError(f"{name} is on the meta device, where weights have no values: load the weights first")
 
 
 @contextmanager

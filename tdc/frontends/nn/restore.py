@@ -23,7 +23,7 @@ def restore(
     """Swap the named linear modules of ``model`` for factored ones and give the model the saved tensors, in place.
 
     ``sites`` are found by name: (site, block, decomposition). Raises PlanError, with nothing changed, if a named
-    module is missing or of another size, or the tensors do not fit.
+    module is missing or of another size, or the tensors do not fit; or if something of the model stays on ``meta``.
     """
     groups = _shared(model, aliases)
     swaps: list[tuple[str, nn.Module]] = []
@@ -46,6 +46,12 @@ def restore(
         source = next((name for name in sorted(group) if name in loaded), None)
         if source is not None:
             _tie(model, source, sorted(group - {source}))
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise PlanError(
+            f"{', '.join(empty[:3])} of the model is on the meta device, and the file holds no values for it: build "
+            f"the architecture on a real device"
+        )
 
 
 def _factored(

@@ -6,8 +6,8 @@ block is written in ONNX operators, and ``save`` puts a checked file under its n
 
 from __future__ import annotations
 
-from .load import load_model
+from .load import file_size, load_model
 from .program import OnnxProgram
 from .save import save_model
 
-__all__ = ["OnnxProgram", "load_model", "save_model"]
+__all__ = ["OnnxProgram", "file_size", "load_model", "save_model"]

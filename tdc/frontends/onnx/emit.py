@@ -18,7 +18,7 @@ from ...errors import VerificationError
 from ...ir import Block, Equation, Op
 from .match import NEGATIVE_AXES_OPSET, Use, opset
 from .names import unique_name
-from .tensors import FLOATS, array, constant_tensor, graphs, stored, to_numpy
+from .tensors import FLOATS, array, behind, constant_tensor, graphs, stored, to_numpy
 
 __all__ = ["PRIMITIVES", "Emitter", "check_block"]
 
@@ -81,12 +81,18 @@ class Emitter:
         """
         for node, operand in vectors:
             old = node.inputs[operand]
-            tensor = stored(old) if old is not None else None
             assert old is not None
+            source = behind(old)
+            tensor = stored(source)
             assert tensor is not None
             values = np.ascontiguousarray(array(tensor)[..., order])
-            node.replace_input_with(operand, self.constant(f"{old.name}.tdc_reordered", values, tensor.dtype))
-            self.drop(old)
+            node.replace_input_with(operand, self.constant(f"{source.name}.tdc_reordered", values, tensor.dtype))
+            while old is not source and not _is_read(old):
+                copy = old.producer()
+                assert copy is not None
+                old = copy.inputs[0] or source
+                self.graph.remove(copy, safe=True)
+            self.drop(source)
 
     def sweep(self, use: Use) -> None:
         """Remove the stored weight of a use, and the nodes on its way, as far as nothing reads them any more."""

@@ -11,14 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from .match import Match, Use
-from .tensors import stored
+from .tensors import behind, stored
 
 __all__ = ["Region", "consumers", "regions"]
 
 _POINTWISE = frozenset(
     """
-    Abs Add Cast Ceil Celu Clip Div Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Log
-    Mish Mul Neg Pow Reciprocal Relu Selu Sigmoid Sign Softplus Softsign Sqrt Sub Tanh ThresholdedRelu
+    Abs Add Cast Ceil Celu Clip Div Dropout Elu Erf Exp Floor Gelu Greater HardSigmoid HardSwish Identity LeakyRelu
+    Less LessOrEqual Log Mish Mul Neg Pow Reciprocal Relu Selu Sigmoid Sign Softplus Softsign Sqrt Sub Tanh
+    ThresholdedRelu Where
     """.split()
 )
 
@@ -60,6 +61,8 @@ def _region(use: Use, width: int, readers: Mapping[ir.Node, Use]) -> Region | No
         if value.is_graph_output():
             return None
         for node, operand in value.uses():
+            if _reads_form(node, operand):
+                continue
             reader = readers.get(node)
             if reader is not None and reader.linear.data == operand and reader.linear.input_last:
                 reading.add(node)
@@ -92,15 +95,23 @@ def _passes(node: ir.Node, use: Use, width: int) -> bool:
     return node.op_type in _POINTWISE
 
 
+def _reads_form(node: ir.Node, operand: int) -> bool:
+    """Whether only the shape or the type of that input counts, never the order of its entries."""
+    return node.domain == "" and (node.op_type in ("Shape", "Size") or (node.op_type == "CastLike" and operand == 1))
+
+
 def _kind(value: ir.Value | None, width: int) -> str | None:
     """``scalar`` or ``vector`` for a constant that does not, or does, differ along the output axis; None for
     anything else.
     """
-    tensor = stored(value) if value is not None else None
-    if value is None or tensor is None or value.is_graph_input():
+    if value is None:
+        return None
+    source = behind(value, "Cast", "CastLike")
+    tensor = stored(source)
+    if tensor is None or source.is_graph_input():
         return None
     shape = tensor.shape.numpy()
     size = int(np.prod(shape))
     if size == 1:
         return "scalar"
-    return "vector" if size == width == shape[-1] else None
+    return "vector" if size == width == shape[-1] and source is behind(value) else None

@@ -20,10 +20,12 @@ from google.protobuf.message import DecodeError
 from ...errors import ModelError
 from ...ir import Remark
 
-__all__ = ["REMARKS", "load_model"]
+__all__ = ["EXTERNAL", "REMARKS", "file_size", "load_model"]
 
 REMARKS = "tdc.remarks"
-"""Key under ``model.meta`` of what was noted while reading."""
+"""Key under ``model.graph.meta`` of what was noted while reading."""
+EXTERNAL = "tdc.external"
+"""Key under ``model.graph.meta`` of the external data files that the model was read from."""
 
 _PROTOBUF_LIMIT = (1 << 31) - 1
 _EXTERNAL_KEYS = {"location", "offset", "length", "checksum", "basepath"}
@@ -39,6 +41,7 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
     _check_versions(path, proto)
     _check_graphs(path, proto)
     _check_with_onnx(path)
+    external = _external_files(path, proto)
     remarks = _free_initializers(proto)
     try:
         model = ir.from_proto(proto)
@@ -46,7 +49,14 @@ def load_model(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{path} cannot be read: {_first_line(error.__cause__ or error)}") from error
     ir.external_data.set_base_dir(model.graph, path.absolute().parent)
     model.graph.meta[REMARKS] = remarks
+    model.graph.meta[EXTERNAL] = external
     return model
+
+
+def file_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a model file and of the external data files that it names."""
+    path = Path(path)
+    return sum(part.stat().st_size for part in (path, *_external_files(path, _parse(path))))
 
 
 def _first_line(error: BaseException) -> str:
@@ -108,20 +118,39 @@ def _check_with_onnx(path: Path) -> None:
 
 def _check_graphs(path: Path, proto: onnx.ModelProto) -> None:
     """Tensors of all graphs and functions against the laws that the checker does not enforce."""
+    for part in _parts(proto):
+        if isinstance(part, onnx.TensorProto):
+            _check_tensor(path, part)
+            continue
+        if part.sparse_initializer:
+            raise ModelError(f"{path} has sparse initializers, which TDC cannot keep: store them dense")
+        _check_initializers(path, part)
+
+
+def _parts(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.TensorProto]:
+    """All graphs, and the tensors in attributes; those of functions too."""
     todo: list[onnx.GraphProto] = [proto.graph]
     nodes = [node for function in proto.functions for node in function.node]
     while todo or nodes:
         if todo:
             graph = todo.pop()
-            if graph.sparse_initializer:
-                raise ModelError(f"{path} has sparse initializers, which TDC cannot keep: store them dense")
-            _check_initializers(path, graph)
+            yield graph
             nodes.extend(graph.node)
         while nodes:
             for attribute in nodes.pop().attribute:
-                for tensor in (*_own(attribute, "t"), *attribute.tensors):
-                    _check_tensor(path, tensor)
+                yield from (*_own(attribute, "t"), *attribute.tensors)
                 todo.extend((*_own(attribute, "g"), *attribute.graphs))
+
+
+def _external_files(path: Path, proto: onnx.ModelProto) -> tuple[Path, ...]:
+    """The external data files that a model names, each once."""
+    found: dict[Path, None] = {}
+    for part in _parts(proto):
+        for tensor in part.initializer if isinstance(part, onnx.GraphProto) else (part,):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                names = (entry.value for entry in tensor.external_data if entry.key == "location")
+                found.update((path.absolute().parent / name, None) for name in names)
+    return tuple(found)
 
 
 def _own(attribute: onnx.AttributeProto, field: str) -> Iterator[onnx.TensorProto | onnx.GraphProto]:

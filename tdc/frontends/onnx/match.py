@@ -118,7 +118,8 @@ def canonical(root: ir.Value, flipped: bool) -> Tensor:
 
 def opset(model: ir.Model) -> int:
     """Version of the standard operators; 0 if the model imports none."""
-    return model.graph.opset_imports.get("", 0)
+    versions = model.graph.opset_imports
+    return versions.get("", versions.get("ai.onnx", 0))
 
 
 def _matmul(node: ir.Node, operand: int, rank: int | None) -> Linear | Decline:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from ...errors import DestinationError, VerificationError
+from .load import EXTERNAL
 from .runtime import first_line, inline_attributes, ort_errors, session_options
 from .tensors import graphs
 
@@ -88,6 +89,7 @@ def _check_destination(model: ir.Model, destination: Path, source: Path | None) 
         if not destination.exists():
             return
         used = [Path(t.path) for _, t in _initializers(model) if isinstance(t, ir.ExternalTensor)]
+        used += model.graph.meta.get(EXTERNAL, ())  # those of replaced weights too
         for path in dict.fromkeys([*([source] if source is not None else []), *used]):
             if path.exists() and destination.samefile(path):
                 raise DestinationError(f"{destination} is {path}, from which the model is read: choose another name")

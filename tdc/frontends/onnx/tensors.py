@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "array", "constant_tensor", "constants", "graphs", "stored", "to_numpy", "to_torch"]
+__all__ = ["FLOATS", "array", "behind", "constant_tensor", "constants", "graphs", "stored", "to_numpy", "to_torch"]
 
 FLOATS = {
     ir.DataType.FLOAT: "float32",
@@ -73,6 +73,16 @@ def constants(graph: ir.Graph | ir.Function) -> Iterator[tuple[ir.Value, ir.Tens
         tensor = constant_tensor(node)
         if tensor is not None:
             yield node.outputs[0], tensor
+
+
+def behind(value: ir.Value, *passing: str) -> ir.Value:
+    """The value from which Identity nodes, and those of the operators ``passing``, hand on this one."""
+    while (node := value.producer()) is not None and node.domain == "" and node.op_type in ("Identity", *passing):
+        source = node.inputs[0]
+        if source is None:
+            break
+        value = source
+    return value
 
 
 def stored(value: ir.Value) -> ir.TensorProtocol | None:
