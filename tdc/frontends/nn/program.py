@@ -64,7 +64,7 @@ class NnProgram:
         found: list[tuple[int, _Weight, int, Use | None]] = []
         for weight in self._weights:
             answer = _captured_place(weight, seen) if isinstance(seen, Capture) else _called_place(weight, calls)
-            reason = answer.reason if isinstance(answer, Decline) else passed_over_weight(weight.tensor)
+            reason = answer.reason if isinstance(answer, Decline) else passed_over_weight(_plain(weight.tensor))
             if reason or isinstance(answer, Decline):
                 remarks.append(Remark(weight.names[0], "find-sites", reason))
             else:
@@ -198,7 +198,7 @@ def _site(order: int, weight: _Weight, uses: int) -> Site:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Without gradient, also where the tensor was made in inference mode (``detach`` of such one keeps the gradient)."""
+    """Without gradient, also where the tensor was made in inference mode (``detach`` of such a one does not do)."""
     with torch.no_grad():
         return tensor.clone() if tensor.is_inference() else tensor.detach()
 

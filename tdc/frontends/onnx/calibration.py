@@ -119,8 +119,8 @@ def _cast(entries: np.ndarray, wanted: np.dtype[Any], name: str) -> np.ndarray:
         same = np.isfinite(cast) == np.isfinite(entries)
     else:
         same = back == entries
-        if wanted.kind == "u" and entries.dtype.kind == "i":
-            same &= entries >= 0
+        if {wanted.kind, entries.dtype.kind} == {"u", "i"}:
+            same &= (entries >= 0) & (cast >= 0)
     if not bool(np.all(same)):
         raise CalibrationError(f"{fail}, and some of its entries do not fit into that")
     return cast
