@@ -28,6 +28,8 @@ class BindPlan(Pass):
     def run(self, unit: Unit) -> Unit:
         plan = unit.plan
         assert plan is not None
+        if not plan.choices:
+            raise PlanError("the plan has no sites: there is nothing to apply")
         if plan.metric == "input" and unit.statistics is None:
             raise CalibrationError(
                 "the plan was made in the input metric: give statistics= or calibration= to apply it"

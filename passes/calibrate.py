@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tdc.decompositions import low_rank
 from tdc.errors import CalibrationError, OptionError
-from tdc.frontends.program import head
+from tdc.frontends.program import head, is_usable
 from tdc.ir import Metric, Remark, Site
 from tdc.progress import track
 from tdc.statistics import Collector, Moments, SiteStatistics, Statistics, divergence
@@ -81,22 +82,32 @@ def _gather(unit: Unit) -> Statistics:
     entries = tuple(SiteStatistics(site, place[site.order], sums[place[site.order]].rows, 1.0) for site in seen)
     gathered = Statistics(entries, moments, means, batches, tuple(remarks))
     weights = _sensitivities(unit, gathered, probe or _short(unit, first))
-    entries = tuple(replace(entry, sensitivity=weight) for entry, weight in zip(entries, weights, strict=True))
-    return replace(gathered, sites=entries)
+    silent = [entry.site for entry, weight in zip(entries, weights, strict=True) if weight == 0]
+    usual = statistics.median([weight for weight in weights if weight > 0] or [1.0])
+    entries = tuple(replace(entry, sensitivity=w or usual) for entry, w in zip(entries, weights, strict=True))
+    if silent:
+        reason = f"{len(silent)} site(s) do not change the outputs on the probe batches: taken as of median sensitivity"
+        remarks.append(Remark(silent[0].name if len(silent) == 1 else "", "calibrate", reason))
+    return replace(gathered, sites=entries, remarks=tuple(remarks))
 
 
 def _observe(unit: Unit) -> tuple[Collector, Any, int]:
-    """Sums over all batches, the first batch, and how many there were."""
+    """Sums over all batches, the first batch with entries that are all finite, and how many batches there were."""
     collector, first, count = Collector(), None, 0
-    length = len(unit.calibration) if hasattr(unit.calibration, "__len__") else None
+    try:
+        length = len(unit.calibration)
+    except (TypeError, NotImplementedError):  # onnxruntime's CalibrationDataReader has a length that raises
+        length = None
     batches = unit.program.batches(unit.calibration)
     for batch in track(batches, "calibrating", total=length, show=unit.options.progress):
         unit.program.observe(batch, unit.sites, collector.tap)
         collector.end_batch()
-        first = batch if first is None else first
+        first = batch if first is None and is_usable(batch) else first
         count += 1
-    if first is None:
+    if count == 0:
         raise CalibrationError("the calibration data is empty: it gave no batch")
+    if first is None:
+        raise CalibrationError("no calibration batch has entries that are all finite")
     if any(sums.rows == 0 for sums in collector.moments):
         raise CalibrationError("the calibration data gives no finite activation row for some site")
     return collector, first, count

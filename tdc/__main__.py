@@ -85,6 +85,7 @@ def _forget_checkout() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tdc", description="A tensor decomposition compiler for neural networks.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an internal error")
+    parser.add_argument("--version", action="version", version=f"tdc {_version()}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     plan = commands.add_parser("plan", help="decide and print, cut nothing")
@@ -120,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--budget", default="params=0.6", help="default: params=0.6")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tensor-decomposition-compiler")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

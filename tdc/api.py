@@ -190,8 +190,8 @@ def compress_onnx(
     """Compress an ONNX file into another one of standard operators; arguments as for :func:`compress`.
 
     The result is checked (onnx.checker with shape inference, an onnxruntime session) before it gets its name; a failure
-    leaves nothing behind. Names, metadata, opset and all that is not replaced stay. Plan and report are stored in the
-    metadata (``tdc.plan``, ``tdc.report``).
+    leaves nothing behind. Names, metadata, opset and all that is not replaced stay. The report is stored in the
+    metadata (``tdc.report``).
 
     Raises:
         ModelError: a source that is not a valid ONNX model.
@@ -211,8 +211,7 @@ def compress_onnx(
     unit = _compressed(_unit(program, options, calibration, statistics, probe), plan)
     made = _report(unit, before, OnnxProgram(unit.result, None).cost())
     assert unit.plan is not None
-    metadata = {"tdc.plan": unit.plan.to_json(), "tdc.report": made.to_json()}
-    save_model(unit.result, out, source=into, metadata=metadata)
+    save_model(unit.result, out, source=into, metadata={"tdc.report": made.to_json()})
     return made
 
 
@@ -313,7 +312,8 @@ def _compressed(unit: Unit, plan: Plan | str | Path | None) -> Unit:
         return Pipeline(COMPRESSING).run(unit)
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
-    return Pipeline(APPLYING).run(unit.having(plan=plan))
+    target = targets.get(plan.target if unit.options.target == "auto" else unit.options.target)
+    return Pipeline(APPLYING).run(unit.having(plan=plan, target=target))
 
 
 def _report(unit: Unit, before: Cost, after: Cost) -> Report:

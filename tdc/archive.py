@@ -110,7 +110,7 @@ def load(path: str | Path, model: M) -> M:
 
 def stored_report(path: Path) -> Report:
     """The report in a ``.tdc`` or ``.onnx`` file. Raises ModelError."""
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         from .frontends.onnx import load_model
 
         text = load_model(path).metadata_props.get("tdc.report")

@@ -14,6 +14,12 @@ __all__ = ["atomic_write", "checked_destination"]
 def checked_destination(path: str | Path) -> Path:
     """The path, if a file can be put there. Raises DestinationError: no such folder, a folder, a symbolic link."""
     target = Path(path)
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise DestinationError(f"{str(path)[:80]!r} cannot be a file name: {error}") from error
     if target.is_symlink():
         raise DestinationError(f"{target} is a symbolic link; TDC does not write through links")
     if target.is_dir():

@@ -34,6 +34,8 @@ class SiteReport:
     weight_error: float
     before: Cost
     after: Cost
+    folded: bool = False
+    """Its output comes in another order, which the site that reads it has taken in."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Report:
                     weight_error=weight_error,
                     before=choice.dense_cost,
                     after=choice.cost,
+                    folded=choice.folded,
                 )
             )
         head = (door, plan.metric, plan.statistics, plan.target, plan.budget)

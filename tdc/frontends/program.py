@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ir import Block, Cost, Remark, Site
 
-__all__ = ["Program", "Replacement", "Tap", "head", "passed_over_weight", "sketch"]
+__all__ = ["Program", "Replacement", "Tap", "head", "is_usable", "passed_over_weight", "sketch"]
 
 Tap = Callable[[Site, Tensor], None]
 """Called with a site and the activation that enters it: any leading axes, the site's input axis last."""
@@ -118,6 +118,19 @@ def passed_over_weight(weight: Tensor) -> str:
     if bad:
         return f"{bad} of {weight.numel()} entries of the weight are NaN or infinite"
     return ""
+
+
+def is_usable(batch: Any) -> bool:
+    """Whether every tensor and array of a batch has entries, all of them finite."""
+    if isinstance(batch, Mapping):
+        return all(is_usable(value) for value in batch.values())
+    if isinstance(batch, (tuple, list)):
+        return all(is_usable(value) for value in batch)
+    if isinstance(batch, np.ndarray):
+        return batch.size > 0 and (batch.dtype.kind not in "fc" or bool(np.isfinite(batch).all()))
+    if isinstance(batch, Tensor):
+        return batch.numel() > 0 and bool(torch.isfinite(batch).all())
+    return True
 
 
 def head(batch: Any, examples: int) -> Any:

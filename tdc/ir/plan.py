@@ -5,12 +5,14 @@ and edit.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
+from .metric import METRICS
 from .remark import Remark
 from .site import Site
 
@@ -19,6 +21,8 @@ __all__ = ["DENSE", "PLAN_VERSION", "Candidate", "Cost", "Plan"]
 PLAN_VERSION = 1
 DENSE = "dense"
 _FORMAT = "tdc-plan"
+_HEAD = ("metric", "statistics", "target", "budget", "allocation", "seed")
+_ROW = frozenset("name decomposition variant ranks folded error sensitivity cost dense_cost site".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as a JSON text: keys in a fixed order, one site a line; equal plans of one door give equal bytes."""
         head: dict[str, Any] = {"format": _FORMAT, "version": PLAN_VERSION}
-        for key in ("metric", "statistics", "target", "budget", "allocation", "seed"):
+        for key in _HEAD:
             head[key] = getattr(self, key)
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         rows = {"sites": [_candidate_out(c) for c in self.choices], "remarks": [_remark_out(r) for r in self.remarks]}
@@ -110,42 +114,28 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read what :meth:`to_json` wrote, or a person edited. Raises PlanError with the place and the reason."""
         try:
-            data = json.loads(text)
+            data = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is not JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise PlanError(f'not a TDC plan: the key "format" must be "{_FORMAT}"')
         if data.get("version") != PLAN_VERSION:
             raise PlanError(f"plan version {data.get('version')!r} cannot be read: this TDC reads {PLAN_VERSION}")
-        known = {
-            "format",
-            "version",
-            "metric",
-            "statistics",
-            "target",
-            "budget",
-            "allocation",
-            "seed",
-            "sites",
-            "remarks",
-        }
-        if unknown := sorted(set(data) - known):
+        if unknown := sorted(set(data) - {"format", "version", "sites", "remarks", *_HEAD}):
             raise PlanError(f"unknown keys in the plan: {unknown}")
+        if data.get("metric", "weight") not in METRICS:
+            raise PlanError(f"the plan's metric must be one of {', '.join(METRICS)}; got {data.get('metric')!r}")
+        if not isinstance(data.get("sites"), list):
+            raise PlanError('the plan lacks its list of "sites"')
         try:
-            return cls(
-                choices=tuple(_candidate_in(k, row) for k, row in enumerate(data["sites"])),
-                remarks=tuple(Remark(row["site"], row["stage"], row["reason"]) for row in data.get("remarks", [])),
-                seed=int(data.get("seed", 0)),
-                **{
-                    key: str(data[key])
-                    for key in ("metric", "statistics", "target", "budget", "allocation")
-                    if key in data
-                },
-            )
+            head: dict[str, Any] = {
+                key: _whole(data[key]) if key == "seed" else str(data[key]) for key in _HEAD if key in data
+            }
+            remarks = tuple(Remark(str(r["site"]), str(r["stage"]), str(r["reason"])) for r in data.get("remarks", []))
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, PlanError):
-                raise
             raise PlanError(f"the plan lacks or misspells {error}") from error
+        choices = tuple(_candidate_in(k, row) for k, row in enumerate(data["sites"]))
+        return cls(choices=choices, remarks=remarks, **head)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -187,36 +177,40 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
 def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
     if not isinstance(row, dict):
         raise PlanError(f"site {position} of the plan is not an object")
-    known = {
-        "name",
-        "decomposition",
-        "variant",
-        "ranks",
-        "folded",
-        "error",
-        "sensitivity",
-        "cost",
-        "dense_cost",
-        "site",
-    }
-    if unknown := sorted(set(row) - known):
+    if unknown := sorted(set(row) - _ROW):
         raise PlanError(f"unknown keys in site {position} ({row.get('name', 'no name')!r}) of the plan: {unknown}")
     try:
         return Candidate(
             site=Site.from_dict(row["site"]),
             decomposition=str(row["decomposition"]),
             variant=str(row.get("variant", "")),
-            ranks=tuple((str(axis), int(rank)) for axis, rank in row["ranks"].items()),
-            error=float(row.get("error", 0.0)),
-            sensitivity=float(row.get("sensitivity", 1.0)),
+            ranks=tuple((str(axis), _whole(rank)) for axis, rank in row["ranks"].items()),
+            error=_finite(row.get("error", 0.0)),
+            sensitivity=_finite(row.get("sensitivity", 1.0)),
             cost=_cost_in(row.get("cost")),
             dense_cost=_cost_in(row.get("dense_cost")),
             folded=bool(row.get("folded", False)),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         where = f"site {position} ({row.get('name', 'no name')!r}) of the plan"
-        raise PlanError(f"{where} cannot be read: {type(error).__name__} at {error}") from error
+        raise PlanError(f"{where} cannot be read: {type(error).__name__}, {error}") from error
 
 
 def _cost_in(row: Mapping[str, Any] | None) -> Cost:
-    return Cost(int(row["params"]), int(row["bytes"]), float(row["macs"])) if row else Cost(0, 0, 0)
+    return Cost(_whole(row["params"]), _whole(row["bytes"]), _finite(row["macs"])) if row else Cost(0, 0, 0)
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number in JSON")

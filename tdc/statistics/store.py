@@ -100,25 +100,41 @@ class Statistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 head = json.loads((file.metadata() or {}).get("tdc", "{}"))
-                if head.get("format") != _FORMAT or head.get("version") != _VERSION:
+                if not isinstance(head, dict) or (head.get("format"), head.get("version")) != (_FORMAT, _VERSION):
                     raise CalibrationError(f"{path} is not a TDC statistics file of version {_VERSION}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             sites = tuple(_entry_in(row) for row in head["sites"])
             moments = tuple(tensors[f"moment.{k}"] for k in range(1 + max((e.moment for e in sites), default=-1)))
             means = tuple(tensors[f"mean.{k}"] for k in range(len(moments)))
+            remarks = tuple(Remark(*map(str, row)) for row in head.get("remarks", []))
+            batches = int(head["batches"])
+            if batches < 1:
+                raise ValueError("batches must be at least 1")
         except FileNotFoundError as error:
             raise CalibrationError(f"there is no statistics file {path}") from error
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, CalibrationError):
                 raise
             raise CalibrationError(f"the statistics file {path} cannot be read: {error}") from error
         for entry in sites:
-            width = entry.site.axes.get("i")
-            if moments[entry.moment].shape != (width, width) or not bool(torch.isfinite(moments[entry.moment]).all()):
-                raise CalibrationError(f"the statistics file {path} holds a wrong second moment for {entry.site.name}")
-        return cls(
-            sites, moments, means, int(head.get("batches", 1)), tuple(Remark(*row) for row in head.get("remarks", []))
-        )
+            if reason := _wrong(moments[entry.moment], means[entry.moment], entry.site.axes.get("i", 0)):
+                raise CalibrationError(f"the statistics file {path} is damaged at {entry.site.name}: {reason}")
+        return cls(sites, moments, means, batches, remarks)
+
+
+def _wrong(moment: Tensor, mean: Tensor, width: int) -> str:
+    """Why these cannot be the second moment and the mean of the same activations; '' if they can."""
+    if moment.shape != (width, width) or mean.shape != (width,) or {moment.dtype, mean.dtype} != {torch.float32}:
+        return f"the moments must be float32 of width {width}"
+    if not bool(torch.isfinite(moment).all() and torch.isfinite(mean).all()):
+        return "the moments are not finite"
+    diagonal = moment.diagonal()
+    largest = float(diagonal.max()) if width else 0.0
+    if bool((diagonal < 0).any()) or bool(((moment - moment.T).abs() > 1e-4 * largest).any()):
+        return "the second moment is not symmetric with a diagonal of squares"
+    if bool((moment.abs() > 1.001 * torch.outer(diagonal, diagonal).sqrt() + 1e-6 * largest).any()):
+        return "the second moment is not positive semidefinite"
+    return ""
 
 
 def shrunk(moment: Tensor, rows: int) -> Tensor:

@@ -187,6 +187,6 @@ def test_folded_or_not_it_is_exact_at_full_rank(name: str, tmp_path: Path) -> No
         )
         tdc.compress_onnx(model, out, plan=replace(plan, choices=tuple(choices)), progress=False)
         properties = {entry.key: entry.value for entry in onnx.load(out).metadata_props}
-        folded = [site["folded"] for site in json.loads(properties["tdc.plan"])["sites"]]
+        folded = [site["folded"] for site in json.loads(properties["tdc.report"])["sites"]]
         assert any(folded) == (name in FOLDING)
         np.testing.assert_allclose(run(out), run(model), rtol=1e-4, atol=1e-5 * float(np.abs(run(model)).max()))

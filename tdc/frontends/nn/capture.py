@@ -55,8 +55,9 @@ class Capture:
 
 _POINTWISE = frozenset(
     """
-    add mul sub div neg pow abs relu gelu silu tanh sigmoid elu selu celu mish erf exp log sqrt rsqrt reciprocal
-    hardtanh hardswish hardsigmoid leaky_relu softplus softsign threshold clamp dropout clone contiguous
+    add mul sub div neg pow abs relu relu6 gelu silu tanh sigmoid log_sigmoid elu selu celu mish erf exp expm1 log log1p
+    logit sqrt square rsqrt reciprocal sign floor ceil hardtanh hardswish hardsigmoid leaky_relu softplus softsign
+    threshold clamp clamp_min clamp_max minimum maximum where gt lt ge le dropout clone contiguous to _to_copy
     """.split()
 )
 _RESHAPES = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten"])
@@ -74,7 +75,7 @@ def _passes(node: fx.Node, source: fx.Node) -> bool:
 
 def _is_scalar(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return not isinstance(value, Tensor) or value.ndim == 0
+    return not isinstance(value, Tensor) or value.numel() == 1
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture | Decline:

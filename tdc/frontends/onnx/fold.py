@@ -82,7 +82,14 @@ def _region(use: Use, width: int, readers: Mapping[ir.Node, Use]) -> Region | No
     if None in kinds:
         return None
     kept = tuple(pair for pair, kind in zip(vectors, kinds, strict=True) if kind == "vector")
+    if any(not _is_bias(node, use) for node, _ in kept):
+        return None
     return Region(readers[next(iter(reading))], kept)
+
+
+def _is_bias(node: ir.Node, use: Use) -> bool:
+    """The use itself (a Gemm), or the addition right behind it: the layer's own vector, no parameter of another."""
+    return node is use.node or (node.op_type == "Add" and use.node.outputs[0] in node.inputs)
 
 
 def _passes(node: ir.Node, use: Use, width: int) -> bool:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import tdc
 from tdc.errors import PlanError
-from tdc.ir import DENSE, Candidate, Cost, OpKind, Plan, Remark, Site
+from tdc.ir import DENSE, METRICS, Candidate, Cost, OpKind, Plan, Remark, Site
 from tdc.testing import random_mlp, random_site, random_weight
 
 FINITE = st.floats(0, 1e6, allow_nan=False)
@@ -49,7 +49,7 @@ def plans(draw: st.DrawFn) -> Plan:
     remarks = tuple(Remark(*draw(st.tuples(st.text(), st.text(), st.text()))) for _ in names)
     return Plan(
         tuple(choices),
-        draw(st.text(max_size=5)),
+        draw(st.sampled_from(METRICS)),
         draw(st.text(max_size=5)),
         seed=draw(st.integers(0, 99)),
         remarks=remarks,
@@ -126,3 +126,22 @@ def test_the_text_of_a_plan_file(golden: Callable[[str], None]) -> None:
     choice = Candidate(site, "svd", "", (("r", 3),), 0.125, 2.0, Cost(60, 240, 120.0), Cost(96, 384, 192.0))
     remarks = (Remark("c.weight", "choose-plan", "too precious"), Remark("", "calibrate", "few rows"))
     golden(Plan((choice,), "input", "abc", "cpu", "params=0.8", remarks=remarks).to_json())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"r": 3', '"r": 1.5'),
+        ('"r": 3', '"r": true'),
+        ('"r": 3', '"r": Infinity'),
+        ('"error": 0.125', '"error": NaN'),
+        ('"error": 0.125', '"error": 1e999'),
+        ('"metric": "weight"', '"metric": "wieght"'),
+        ('"uses": 1', '"uses": 1e999'),
+    ],
+)
+def test_a_wrong_value_is_refused(old: str, new: str) -> None:
+    text = example().to_json()
+    assert old in text
+    with pytest.raises(PlanError):
+        Plan.from_json(text.replace(old, new))

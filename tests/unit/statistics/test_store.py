@@ -86,8 +86,17 @@ def tampered(path: Path, tensors: dict[str, torch.Tensor] | None = None, **chang
         ({"sites": [{"moment": 0}]}, "cannot be read"),
         ({"sites": [3]}, "cannot be read"),
         ({"tensors": {"mean.0": torch.zeros(8)}}, "cannot be read"),
-        ({"tensors": {"moment.0": torch.eye(7), "mean.0": torch.zeros(8)}}, "wrong second moment for layer0.weight"),
-        ({"tensors": {"moment.0": torch.full((8, 8), float("nan")), "mean.0": torch.zeros(8)}}, "wrong second moment"),
+        (
+            {"tensors": {"moment.0": torch.eye(7), "mean.0": torch.zeros(8)}},
+            "damaged at layer0.weight: the moments must be",
+        ),
+        ({"tensors": {"moment.0": torch.full((8, 8), float("nan")), "mean.0": torch.zeros(8)}}, "not finite"),
+        ({"tensors": {"moment.0": -torch.eye(8), "mean.0": torch.zeros(8)}}, "diagonal of squares"),
+        ({"tensors": {"moment.0": (torch.eye(8) + 1.0).tril(), "mean.0": torch.zeros(8)}}, "not symmetric"),
+        ({"tensors": {"moment.0": torch.eye(8) * 3 - 2, "mean.0": torch.zeros(8)}}, "positive semidefinite"),
+        ({"tensors": {"moment.0": torch.eye(8).half(), "mean.0": torch.zeros(8)}}, "must be float32"),
+        ({"batches": 0}, "cannot be read"),
+        ({"remarks": 5}, "cannot be read"),
     ],
 )
 def test_a_tampered_file_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
