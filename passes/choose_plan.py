@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tdc.errors import ModelError, VerificationError
 from tdc.ir import Candidate, Plan, Remark
-from tdc.planning.allocate import Option, allocate, allocate_uniform
+from tdc.planning.allocate import Option, allocate, allocate_uniform, prefer_compressed
 from tdc.planning.budget import Budget
 
 from .base import Pass, Unit
@@ -19,7 +19,8 @@ __all__ = ["ChoosePlan"]
 class ChoosePlan(Pass):
     """``loss = sensitivity * error`` is minimised over all sites within one budget (allocation ``lagrangian``).
 
-    With ``uniform`` every site takes its most accurate candidate within the same fraction of its own dense cost.
+    Sites that came out dense are then compressed where that is as good, within the band of the prediction. With
+    ``uniform`` every site takes its most accurate candidate within the same fraction of its own dense cost.
     """
 
     name = "choose-plan"
@@ -33,7 +34,8 @@ class ChoosePlan(Pass):
         if unit.options.allocation == "uniform":
             taken = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget)
         else:
-            taken = allocate([[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows], budget)
+            options = [[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows]
+            taken = prefer_compressed(options, allocate(options, budget))
         picked = [row[k] for row, k in zip(rows, taken, strict=True)]
         remarks = [_kept_dense(c) for c, row in zip(picked, rows, strict=True) if c.is_dense and len(row) > 1]
         unit = unit.remarking(*remarks)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from tdc.errors import VerificationError
 
 from .base import Pass, Unit
@@ -47,6 +49,10 @@ class Pipeline:
 
     def run(self, unit: Unit) -> Unit:
         """Run all passes. A pass that changes the program although it does not say so is a VerificationError."""
+        with torch.inference_mode(False):  # factors that are made in inference mode could never be trained
+            return self._run(unit)
+
+    def _run(self, unit: Unit) -> Unit:
         for step in self.passes:
             step.requires(unit)
             start = time.monotonic()

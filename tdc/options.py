@@ -44,6 +44,8 @@ class Options:
         if given is None:
             return ()
         names = (given,) if isinstance(given, str) else tuple(given)
+        if what == "allow" and not names:
+            raise OptionError("allow is empty: name at least one decomposition, or leave it out for all")
         if not all(isinstance(name, str) for name in names):
             raise OptionError(f"{what} must be a name or a list of names; got {given!r}")
         return names

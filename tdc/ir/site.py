@@ -117,8 +117,8 @@ def same_weight(a: Site, b: Site) -> bool:
 def assign(wanted: Sequence[Site], found: Sequence[Site]) -> list[Site | None]:
     """For each wanted site the one of ``found`` that holds the same weight, or None.
 
-    Several sites with one sketch (equal weights) are paired in topological order; where a door merged equal weights
-    into fewer sites, the last one serves the rest.
+    Several sites with one sketch (equal weights) are paired by name, else in topological order; where a door merged
+    equal weights into fewer sites, the last one serves the rest.
     """
     answer: list[Site | None] = []
     taken: dict[int, int] = {}
@@ -126,6 +126,10 @@ def assign(wanted: Sequence[Site], found: Sequence[Site]) -> list[Site | None]:
         fitting = sorted((f for f in found if same_weight(site, f)), key=lambda f: f.order)
         if not fitting or not site.sketch:
             answer.append(None)
+            continue
+        named = next((f for f in fitting if set(f.names) & set(site.names)), None)
+        if named is not None:
+            answer.append(named)
             continue
         first = fitting[0].order
         place = min(taken.get(first, 0), len(fitting) - 1)

@@ -10,10 +10,12 @@ from ..errors import BudgetError
 from ..ir import Cost
 from .budget import Budget
 
-__all__ = ["Option", "allocate", "allocate_uniform"]
+__all__ = ["Option", "allocate", "allocate_uniform", "prefer_compressed"]
 
 _BISECTIONS = 200
 _ROUNDS = 60
+_BAND = 0.01
+"""Differences of predicted loss below this fraction say nothing."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,24 @@ def _fill(options: Sequence[Sequence[Option]], chosen: list[int], allowed: Mappi
         for key in allowed:
             spent[key] += getattr(options[s][k].cost, key) - getattr(options[s][chosen[s]].cost, key)
         chosen[s] = k
+
+
+def prefer_compressed(options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> list[int]:
+    """Take dense sites into the compressed space where that is as good, within the band of the prediction.
+
+    All of them together may add one hundredth to the predicted loss, each an equal share of it, and each must save one
+    hundredth of its parameters.
+    """
+    chosen = list(chosen)
+    dense = [s for s, site in enumerate(options) if chosen[s] == len(site) - 1]
+    share = _BAND * _loss(options, chosen) / max(len(dense), 1)
+    for s in dense:
+        whole = options[s][-1]
+        most = (1 - _BAND) * whole.cost.params
+        fitting = [k for k, o in enumerate(options[s][:-1]) if o.loss <= whole.loss + share and o.cost.params <= most]
+        if fitting:
+            chosen[s] = min(fitting, key=lambda k: (options[s][k].cost.params, options[s][k].loss))
+    return chosen
 
 
 def _cheapest(options: Sequence[Sequence[Option]], allowed: Mapping[str, float]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ...ir import Block, Op
 
-__all__ = ["FactoredLinear", "is_linear", "linear_weight", "stored_orientation"]
+__all__ = ["FactoredLinear", "is_linear", "linear_weight", "place", "stored_orientation"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -118,6 +118,18 @@ class FactoredLinear(nn.Module):
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{axis}={size}" for axis, size in self.block.sizes if axis not in "oi")
         return f"{self.in_features}, {self.out_features}, {self.decomposition}, {ranks}, bias={self.bias is not None}"
+
+
+def place(model: nn.Module, swaps: Iterable[tuple[str, nn.Module]]) -> None:
+    """Put modules at their paths. The fused evaluation path of torch's own encoder layers is switched off where a
+    part of them is replaced: it reads the dense weights, which would be formed at every call.
+    """
+    for path, module in swaps:
+        parent_path, _, child = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        setattr(parent, child, module)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0
 
 
 def _skeleton(module: nn.Module) -> nn.Module:

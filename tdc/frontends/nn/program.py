@@ -16,7 +16,7 @@ from ...ir import Cost, Decline, OpKind, Remark, Site
 from ..program import Replacement, Tap, passed_over_weight, sketch
 from .batches import Call, as_call, as_calls
 from .capture import Capture, Use, capture, floating_outputs
-from .factored import FactoredLinear, is_linear, linear_weight, stored_orientation
+from .factored import FactoredLinear, is_linear, linear_weight, place, stored_orientation
 from .macs import MacCounter
 
 __all__ = ["NnProgram"]
@@ -155,9 +155,7 @@ class NnProgram:
         swaps = [
             swap for order, new in self._replacements.items() for swap in _swaps(model, self._by_order[order], new)
         ]
-        for path, module in swaps:
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+        place(model, swaps)
         return model
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import PlanError
 from ...ir import Block, Site
-from .factored import FactoredLinear, is_linear
+from .factored import FactoredLinear, is_linear, place
 
 __all__ = ["restore"]
 
@@ -29,9 +29,7 @@ def restore(
     swaps: list[tuple[str, nn.Module]] = []
     for site, block, decomposition in sites:
         swaps += _factored(model, site, block, decomposition, tensors, aliases)
-    for path, module in swaps:
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+    place(model, swaps)
     try:
         answer = model.load_state_dict(dict(tensors), strict=False, assign=True)
     except RuntimeError as error:

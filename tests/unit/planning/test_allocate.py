@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tdc.errors import BudgetError
 from tdc.ir import Cost
-from tdc.planning.allocate import Option, allocate
+from tdc.planning.allocate import Option, allocate, prefer_compressed
 from tdc.planning.budget import Budget
 
 Problem = list[list[Option]]
@@ -162,3 +162,21 @@ def test_a_precious_site_gets_more_than_a_worthless_one() -> None:
 def test_a_quantity_that_nothing_costs_does_not_bind() -> None:
     sites = [[Option(Cost(1, 4, 0.0), 1.0), Option(Cost(9, 36, 0.0), 0.0)]]
     assert allocate(sites, Budget((("params", 0.5), ("macs", 0.1)))) == [0]
+
+
+@given(problems(), st.floats(0.05, 1))
+@settings(max_examples=150)
+def test_dense_sites_are_compressed_where_that_is_as_good(sites: Problem, keep: float) -> None:
+    """Never a dearer option, never above a hundredth more loss, and no other site is touched."""
+    chosen = attempt(sites, Budget((("params", keep),)))
+    if chosen is None:
+        return
+    after = prefer_compressed(sites, chosen)
+    assert loss(sites, after) <= 1.01 * loss(sites, chosen) + 1e-12
+    for site, old, new in zip(sites, chosen, after, strict=True):
+        assert old == new or (old == len(site) - 1 and site[new].cost.params <= 0.99 * site[old].cost.params)
+
+
+def test_a_lossless_option_is_taken_even_where_dense_fits() -> None:
+    site = [Option(Cost(50, 200, 50), 0.0), Option(Cost(100, 400, 100), 0.0)]
+    assert prefer_compressed([site], [1]) == [0]
