@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from . import targets
+from . import decompositions, targets
 from .archive import RECORD, load, note_in_config, save
 from .errors import CalibrationError, DestinationError, ModelError, OptionError
 from .frontends.nn import FactoredLinear, NnProgram
@@ -21,6 +21,7 @@ from .passes.calibrate import Calibrate
 from .passes.find_sites import FindSites
 from .passes.group_sites import GroupSites
 from .passes.pipeline import APPLYING, COMPRESSING, PLANNING, Pipeline
+from .planning.budget import Budget
 from .report import Report
 from .statistics import Statistics
 
@@ -263,7 +264,12 @@ def _record(small: nn.Module) -> tuple[Report, Plan]:
 def _options(
     budget: object, metric: str, target: str, allow: Names, exclude: Names, allocation: str, seed: int, progress: bool
 ) -> Options:
+    """Options, with everything that can be wrong in them refused before any long work."""
     allowed, excluded = Options.names(allow, "allow"), Options.names(exclude, "exclude")
+    for name in allowed:
+        decompositions.get(name)
+    if budget is not None:
+        Budget.parse(budget)
     return Options(budget, metric, target, allowed, excluded, allocation, seed, progress)
 
 

@@ -44,7 +44,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
     weights = {key: 1.0 / len(allowed) for key in allowed}
     best: list[int] | None = None
     for _ in range(_ROUNDS if len(allowed) > 1 else 1):
-        chosen = _least_price(options, allowed, _price_of(allowed, weights), allowed_total=1.0)
+        chosen = _least_price(options, _price_of(allowed, weights))
         over = {key: _total(options, chosen, key) / limit for key, limit in allowed.items()}
         if max(over.values()) <= 1 and (best is None or _loss(options, chosen) < _loss(options, best)):
             best = chosen
@@ -63,16 +63,8 @@ def _price_of(allowed: Mapping[str, float], weights: Mapping[str, float]) -> Cal
     return price
 
 
-def _least_price(
-    options: Sequence[Sequence[Option]],
-    allowed: Mapping[str, float],
-    price: Callable[[Cost], float],
-    *,
-    allowed_total: float,
-) -> list[int]:
-    """The hull solution: the smallest multiplier whose choice costs at most ``allowed_total`` of the normalised
-    price.
-    """
+def _least_price(options: Sequence[Sequence[Option]], price: Callable[[Cost], float]) -> list[int]:
+    """The hull solution: the smallest multiplier whose choice costs at most 1 in the normalised price."""
     priced = [[price(option.cost) for option in site] for site in options]
 
     def choose(multiplier: float) -> tuple[list[int], float]:
@@ -83,16 +75,16 @@ def _least_price(
         return chosen, sum(row[k] for row, k in zip(priced, chosen, strict=True))
 
     chosen, total = choose(0.0)
-    if total <= allowed_total:
+    if total <= 1:
         return chosen
     low, high = 0.0, 1.0
-    while choose(high)[1] > allowed_total and high < 1e30:
+    while choose(high)[1] > 1 and high < 1e30:
         low, high = high, high * 4
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        if choose(middle)[1] <= allowed_total:
+        if choose(middle)[1] <= 1:
             high = middle
         else:
             low = middle
