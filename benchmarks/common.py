@@ -7,13 +7,17 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import tdc
 
-__all__ = ["RESULTS", "shared_data", "write_rows"]
+__all__ = ["RESULTS", "resident_growth", "shared_data", "write_rows"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,6 +48,28 @@ def write_rows(benchmark: str, rows: list[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows({**row, **stamp} for row in rows)
+
+
+_RESIDENT = """
+import sys, numpy, onnxruntime
+def now():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+before, settings = now(), onnxruntime.SessionOptions()
+settings.intra_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], settings, providers=["CPUExecutionProvider"])
+for _ in range(3):
+    session.run(None, dict(numpy.load(sys.argv[2])))
+print(now() - before)
+"""
+
+
+def resident_growth(path: Path, inputs: Mapping[str, np.ndarray]) -> int:
+    """Bytes by which the resident set of a fresh process grows when it loads an ONNX file and runs it on ``inputs``."""
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        np.savez(file, **inputs)
+        file.flush()
+        command = [sys.executable, "-c", _RESIDENT, str(path), file.name]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def _processor() -> str:

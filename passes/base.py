@@ -41,6 +41,8 @@ class Unit:
     plan: Plan | None = None
     factors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     errors: Mapping[int, SiteErrors] = field(default_factory=dict)
+    shifts: Mapping[int, Tensor] = field(default_factory=dict)
+    """What is added to the bias of sites whose metric leaves the mean of the error to it."""
     blocks: Mapping[int, Block] = field(default_factory=dict)
     output_orders: Mapping[int, Tensor] = field(default_factory=dict)
     """For sites whose gather is folded: entry k of the output that they give is entry ``order[k]`` of the dense one."""

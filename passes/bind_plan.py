@@ -8,9 +8,10 @@ from tdc import decompositions
 from tdc.errors import CalibrationError, OptionError, PlanError
 from tdc.ir import Candidate, Decline, Plan, Remark, Site, assign
 from tdc.planning.cost import block_cost, dense_cost
+from tdc.statistics import SiteStatistics
 
 from .base import Pass, Unit
-from .propose_layouts import lowered, site_statistics
+from .propose_layouts import Work, lowered, site_statistics
 
 __all__ = ["BindPlan"]
 
@@ -35,11 +36,11 @@ class BindPlan(Pass):
                 "the plan was made in the input metric: give statistics= or calibration= to apply it"
             )
         found = assign([choice.site for choice in plan.choices], unit.sites)
-        bound, remarks = [], []
+        bound, remarks, known = [], [], site_statistics(unit)
         for choice, site in zip(plan.choices, found, strict=True):
             if site is None:
                 raise PlanError(_misfit(choice.site, unit))
-            bound.append(_bound(choice, site, unit))
+            bound.append(_bound(choice, site, unit, known.get(site.order)))
         doubled = _doubled(bound)
         if doubled:
             raise PlanError(f"the plan decides twice for {doubled}")
@@ -64,11 +65,9 @@ def _still_true(plan: Plan, choices: tuple[Candidate, ...]) -> list[Remark]:
     return [remark for remark in plan.remarks if remark.stage == "choose-plan" and remark.site in dense]
 
 
-def _bound(choice: Candidate, site: Site, unit: Unit) -> Candidate:
-    entry = site_statistics(unit).get(site.order)
-    batches = unit.statistics.batches if unit.statistics is not None else 1
-    rows = entry.rows / batches if entry is not None else float(site.uses)
-    full = dense_cost(site, rows)
+def _bound(choice: Candidate, site: Site, unit: Unit, entry: SiteStatistics | None) -> Candidate:
+    work = Work.of(unit, site, entry)
+    full = dense_cost(site, work.rows, work.ratios)
     here = replace(choice, site=site, cost=full, dense_cost=full, folded=False)
     if choice.is_dense:
         return here
@@ -76,7 +75,7 @@ def _bound(choice: Candidate, site: Site, unit: Unit) -> Candidate:
         decomposition = decompositions.get(choice.decomposition)
     except OptionError as error:
         raise PlanError(f"{site.name}: {error}") from error
-    if site.kind not in decomposition.kinds:
+    if not decomposition.variants(site.axes):
         raise PlanError(f"{site.name}: {choice.decomposition} does not apply to {site.kind.value} sites")
     try:
         layout, block = lowered(unit.target, here)
@@ -84,7 +83,7 @@ def _bound(choice: Candidate, site: Site, unit: Unit) -> Candidate:
         raise PlanError(f"{site.name} ({site.label}): {error}") from error
     if isinstance(block, Decline):
         raise PlanError(f"{site.name}: {block.reason}")
-    return replace(here, cost=block_cost(site, layout, block, rows))
+    return replace(here, cost=block_cost(site, layout, block, work.rows, work.ratios))
 
 
 def _misfit(wanted: Site, unit: Unit) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tdc.decompositions import low_rank
+from tdc.decompositions import bias_shift, low_rank
 from tdc.errors import CalibrationError, OptionError
-from tdc.frontends.program import head, is_usable
-from tdc.ir import Metric, Remark, Site
+from tdc.frontends.program import Change, head, is_usable
+from tdc.ir import Remark, Site
 from tdc.progress import track
-from tdc.statistics import Collector, Moments, SiteStatistics, Statistics, divergence
+from tdc.statistics import WIDEST, Collector, Moments, SiteStatistics, Statistics, divergence
 
 from .base import Pass, Unit
 
@@ -31,11 +31,11 @@ _FEW_ROWS = 20
 class Calibrate(Pass):
     """Runs the dense model on the calibration batches, unless the unit has statistics or needs none.
 
-    For each site: ``S = E[x x^T]`` and ``E[x]`` of its input, in one run over all batches. Then the sensitivity, by
-    forward runs only. The site's weight alone is replaced by its low-rank optimum of relative squared error e near 0.03
-    in the input metric, and ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the
-    probe batches: the given ones, or the first eight examples of the first calibration batch. Uniform weights are worse
-    than no allocation.
+    For each site: ``S = E[x x^T]`` and ``E[x]`` of its input (of a convolution, of the patches under its window), in
+    one run over all batches. Then the sensitivity, by forward runs only. The site's weight alone is replaced by its
+    low-rank optimum of relative squared error e near 0.03 in the input metric, and ``sensitivity = divergence(outputs)
+    / e`` (see :func:`tdc.statistics.divergence`) on the probe batches: the given ones, or the first eight examples of
+    the first calibration batch. Uniform weights are worse than no allocation.
     """
 
     name = "calibrate"
@@ -76,10 +76,10 @@ def _gather(unit: Unit) -> Statistics:
     sums = [collector.moments[group] for group in groups]
     place = {site.order: groups.index(collector.group[site.order]) for site in seen}
     remarks += _doubts(seen, sums, place)
-    moments = tuple((s.total / s.rows).float() for s in sums)
-    means = tuple((s.sum / s.rows).float() for s in sums)
+    stored = [_stored(s, site) for s, site in ((sums[k], _first(seen, place, k)) for k in range(len(sums)))]
+    moments, means = tuple(moment for moment, _ in stored), tuple(mean for _, mean in stored)
     probe = list(unit.program.batches(unit.probe)) if unit.probe is not None else []
-    entries = tuple(SiteStatistics(site, place[site.order], sums[place[site.order]].rows, 1.0) for site in seen)
+    entries = tuple(_entry(site, place[site.order], sums[place[site.order]], collector) for site in seen)
     gathered = Statistics(entries, moments, means, batches, tuple(remarks))
     weights = _sensitivities(unit, gathered, probe or _short(unit, first))
     silent = [entry.site for entry, weight in zip(entries, weights, strict=True) if weight == 0]
@@ -91,9 +91,25 @@ def _gather(unit: Unit) -> Statistics:
     return replace(gathered, sites=entries, remarks=tuple(remarks))
 
 
+def _first(seen: Sequence[Site], place: Mapping[int, int], k: int) -> Site:
+    return next(site for site in seen if place[site.order] == k)
+
+
+def _stored(sums: Moments, site: Site) -> tuple[Tensor, Tensor]:
+    """Moment and mean as the statistics keep them: without the axis of groups for linear sites."""
+    moment, mean = (sums.total / sums.rows).float(), (sums.sum / sums.rows).float()
+    return (moment, mean) if site.kind.is_conv else (moment[0], mean[0])
+
+
+def _entry(site: Site, place: int, sums: Moments, collector: Collector) -> SiteStatistics:
+    lengths = tuple((axis, *pair) for axis, pair in collector.lengths.get(site.order, {}).items())
+    side = "input" if sums.weight is None else "output"
+    return SiteStatistics(site, place, sums.rows, 1.0, side, sums.seen, lengths)
+
+
 def _observe(unit: Unit) -> tuple[Collector, Any, int]:
     """Sums over all batches, the first batch with entries that are all finite, and how many batches there were."""
-    collector, first, count = Collector(), None, 0
+    collector, first, count = Collector(unit.program.weight), None, 0
     try:
         length = len(unit.calibration)
     except (TypeError, NotImplementedError):  # onnxruntime's CalibrationDataReader has a length that raises
@@ -118,10 +134,18 @@ def _doubts(seen: Sequence[Site], sums: Sequence[Moments], place: Mapping[int, i
     remarks = []
     if dropped := sum(s.dropped for s in sums):
         remarks.append(Remark("", "calibrate", f"{dropped} activation rows with NaN or infinity were left out"))
-    few = [site for site in seen if sums[place[site.order]].rows < _FEW_ROWS * site.axes["i"]]
+    wide = [site for site in seen if sums[place[site.order]].weight is not None]
+    for site in wide:
+        reason = (
+            f"{site.matrix[2]} inputs per position, more than {WIDEST}: the moment of its outputs is kept, and only "
+            f"what projects the outputs is fitted"
+        )
+        remarks.append(Remark(site.name, "calibrate", reason))
+    widths = {site.order: site.matrix[1] if site in wide else site.matrix[2] for site in seen}
+    few = [site for site in seen if sums[place[site.order]].rows < _FEW_ROWS * widths[site.order]]
     if few:
-        worst = min(few, key=lambda site: sums[place[site.order]].rows / site.axes["i"])
-        rows, width = sums[place[worst.order]].rows, worst.axes["i"]
+        worst = min(few, key=lambda site: sums[place[site.order]].rows / widths[site.order])
+        rows, width = sums[place[worst.order]].rows, widths[worst.order]
         reason = (
             f"{len(few)} site(s) with fewer than {_FEW_ROWS} calibration rows per input (least: {worst.name}, {rows} "
             f"rows for {width} inputs): errors on other data will be higher than predicted"
@@ -149,14 +173,17 @@ def _sensitivities(unit: Unit, gathered: Statistics, probe: Sequence[Any]) -> li
     for entry in track(gathered.sites, "probing sites", show=unit.options.progress):
         site = entry.site
         weight = unit.program.weight(site)
-        best = low_rank(weight.double(), Metric("input", gathered.second_moment(entry)))
+        double = weight.double()
+        metric = gathered.metric(entry, double)
+        best = low_rank(double, metric, site.matrix[0])
         rank = _probe_rank(best.tail)
         if rank is None:
             found.append(0.0)
             continue
-        moved = (best.basis[:, :rank] @ best.coordinates[:rank]).to(weight.dtype)
+        moved = best.approximation(rank).reshape(weight.shape)
+        change_of_site = Change(moved.to(weight.dtype), bias_shift(double - moved, metric))
         changes = [
-            divergence(reference, unit.program.outputs(batch, {site.order: moved}))
+            divergence(reference, unit.program.outputs(batch, {site.order: change_of_site}))
             for batch, reference in zip(probe, references, strict=True)
         ]
         change = sum(changes) / len(changes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tdc import decompositions
-from tdc.ir import Remark
+from tdc.ir import Metric, Remark, Site
 
 from .base import Pass, SiteErrors, Unit
 from .fit_factors import left_dense
@@ -23,7 +23,7 @@ _ROUNDING = 1e-4
 @dataclass(frozen=True)
 class CheckError(Pass):
     """Rebuilds every site from its stored factors and measures the relative squared error, in the metric and of the
-    weight.
+    weight; and what its bias must take up, ``(W - W_hat) E[x]``.
 
     A site that lost everything (error 1 or more: worse than a zero weight) stays dense; one that lost more than planned
     gets a remark.
@@ -35,6 +35,7 @@ class CheckError(Pass):
         assert unit.plan is not None
         known = site_statistics(unit)
         errors: dict[int, SiteErrors] = {}
+        shifts: dict[int, Tensor] = {}
         failed: dict[int, Remark] = {}
         remarks = []
         for choice in unit.plan.choices:
@@ -43,11 +44,15 @@ class CheckError(Pass):
                 continue
             weight = unit.program.weight(choice.site).double()
             stored = {k: f.double() if f.is_floating_point() else f for k, f in unit.factors[order].items()}
-            difference = weight - decompositions.rebuild(stored, lowered(unit.target, choice)[0])
-            metric = metric_of(unit, known.get(order))
+            rebuilt = decompositions.rebuild(stored, lowered(unit.target, choice)[0])
+            metric = metric_of(unit, choice.site, known.get(order), weight)
             errors[order] = found = SiteErrors(
-                _relative(difference, weight, metric.second_moment), _relative(difference, weight, None)
+                _relative(weight, rebuilt, metric, choice.site),
+                _relative(weight, rebuilt, Metric("weight"), choice.site),
             )
+            shift = decompositions.bias_shift(weight - rebuilt, metric)
+            if shift is not None:
+                shifts[order] = shift
             if not found.metric < 1:
                 reason = f"{choice.decomposition} loses it all (relative squared error {found.metric:.3g}): stays dense"
                 failed[order] = Remark(choice.site.name, self.name, reason)
@@ -55,17 +60,29 @@ class CheckError(Pass):
                 reason = f"relative squared error {found.metric:.3g} where the plan says {choice.error:.3g}"
                 remarks.append(Remark(choice.site.name, self.name, reason))
         unit = left_dense(unit, failed).remarking(*remarks)
-        return unit.having(errors={order: e for order, e in errors.items() if order not in failed})
+        kept = {order: e for order, e in errors.items() if order not in failed}
+        return unit.having(errors=kept, shifts={order: s for order, s in shifts.items() if order in kept})
 
 
-def _relative(difference: Tensor, weight: Tensor, second: Tensor | None) -> float:
-    """``tr(D S D^T) / tr(W S W^T)``; 0 if both vanish."""
-
-    def square(matrix: Tensor) -> float:
-        product = matrix if second is None else matrix @ second
-        return max(float(torch.sum(product * matrix)), 0.0)
-
-    lost, whole = square(difference), square(weight)
-    if whole == 0:
+def _relative(weight: Tensor, rebuilt: Tensor, metric: Metric, site: Site) -> float:
+    """The metric of ``W - W_hat`` as a fraction of the mean square of ``W x``; 0 if both vanish."""
+    dense, new = (w.reshape(*site.matrix) for w in (weight, rebuilt))
+    if metric.output_moment is not None:
+        lost = _projection_error(dense, new, metric.output_moment)
+    else:
+        product = dense - new
+        if metric.second_moment is not None:
+            product = product @ metric.second_moment.reshape(-1, dense.shape[2], dense.shape[2])
+        lost = max(float((product * (dense - new)).sum()), 0.0)
+    whole = decompositions.energy(dense, metric)
+    if whole <= 0:
         return 0.0 if lost == 0 else float("inf")
     return lost / whole
+
+
+def _projection_error(dense: Tensor, rebuilt: Tensor, moment: Tensor) -> float:
+    """``tr((I - A) C (I - A)^T)`` with ``W_hat = A W`` (least squares), C (g, o, o) the moment of ``W x``."""
+    gram = dense @ dense.mT
+    project = (torch.linalg.pinv(gram, hermitian=True) @ dense @ rebuilt.mT).mT
+    rest = torch.eye(dense.shape[1], dtype=dense.dtype) - project
+    return max(float((rest @ moment * rest).sum()), 0.0)

@@ -41,8 +41,9 @@ class FitFactors(Pass):
             site = choice.site
             weight = unit.program.weight(site)
             layout, _ = lowered(unit.target, choice)
-            metric = metric_of(unit, known.get(site.order))
-            fitted = decompositions.get(choice.decomposition).fit(weight.double(), layout, metric)
+            double = weight.double()
+            metric = metric_of(unit, site, known.get(site.order), double)
+            fitted = decompositions.get(choice.decomposition).fit(double, layout, metric)
             stored = {k: f.to(weight.dtype).contiguous() if f.is_floating_point() else f for k, f in fitted.items()}
             if all(bool(torch.isfinite(f).all()) for f in stored.values()):
                 factors[site.order] = stored

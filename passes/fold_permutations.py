@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from tdc import decompositions
 from tdc.ir import Candidate, Decline, Plan, Site
 from tdc.planning.cost import block_cost
+from tdc.statistics import SiteStatistics
 
 from .base import Pass, Unit
-from .propose_layouts import lowered
+from .propose_layouts import Work, lowered, site_statistics
 
 __all__ = ["FoldPermutations"]
 
@@ -22,6 +23,10 @@ class FoldPermutations(Pass):
     ``W f(stack[place]) = W[:, order] f(stack)`` with ``order = argsort(place)``: the columns of the second one's
     factors are put in the order of the stack once, when the model is rewritten, and so is the bias of the first. The
     hidden units in between come in another order; the function of the model is the same.
+
+    Of convolutions only those whose channels lie last: elsewhere a gather moves whole planes, which costs next to
+    nothing, and every layer keeps its order. (VGG11 at a tenth of its parameters, 16 images, one thread: channels-last
+    2.7 times as fast as dense with the fold and 1.7 times without, else 1.87 times with and without.)
     """
 
     name = "fold-permutations"
@@ -31,35 +36,38 @@ class FoldPermutations(Pass):
         assert plan is not None
         replaced = {choice.site.order: choice for choice in plan.choices if not choice.is_dense}
         here = {site.order: site for site in unit.sites}
+        known = site_statistics(unit)
         folded: dict[int, Candidate] = {}
         for order, choice in replaced.items():
             reader = here[order].pointwise_consumer
-            if reader in replaced and _once(here[order]) and _once(here[reader]):
+            if reader in replaced and _gains(here[order]) and _gains(here[reader]):
                 variant = _gathering_variant(choice)
                 if variant is not None:
-                    folded[order] = _folded(unit, choice, variant)
+                    folded[order] = _folded(unit, choice, variant, known.get(order))
         choices = tuple(folded.get(c.site.order, replace(c, folded=False)) for c in plan.choices)
         return unit.having(plan=replace(plan, choices=choices))
 
 
-def _once(site: Site) -> bool:
-    return not site.tied
+def _gains(site: Site) -> bool:
+    """Used once, and a gather of it moves single numbers."""
+    return not site.tied and (not site.kind.is_conv or site.layout == "channels_last")
 
 
 def _gathering_variant(choice: Candidate) -> str | None:
-    """The variant of the decomposition that ends in a gather of the output, if it has one."""
+    """The variant that writes the same approximation with a gather of the output at its end, if there is one."""
     decomposition = decompositions.get(choice.decomposition)
-    for variant in decomposition.equations:
-        shape = decomposition.layout(choice.site.axes, dict(choice.ranks), variant).rebuild
-        if shape.at and shape.join == choice.site.kind.dense.output.axes[-1]:
+    axes = choice.site.axes
+    for variant in (choice.variant, *decomposition.same_fit(axes, choice.variant)):
+        shape = decomposition.rebuild(axes, variant)
+        if any(pivot.leading for pivot in shape.pivots.values()):
             return variant
     return None
 
 
-def _folded(unit: Unit, choice: Candidate, variant: str) -> Candidate:
+def _folded(unit: Unit, choice: Candidate, variant: str, entry: SiteStatistics | None) -> Candidate:
     new = replace(choice, variant=variant, folded=True)
     layout, block = lowered(unit.target, new)
     if isinstance(block, Decline):
         return choice
-    rows = choice.dense_cost.macs / choice.dense_cost.params
-    return replace(new, cost=block_cost(choice.site, layout, block, rows))
+    work = Work.of(unit, choice.site, entry)
+    return replace(new, cost=block_cost(choice.site, layout, block, work.rows, work.ratios))

@@ -67,22 +67,23 @@ def _reordered(unit: Unit, choices: Mapping[int, Candidate]) -> tuple[dict[int, 
         if not choice.folded:
             continue
         layout, _ = lowered(unit.target, choice)
-        place = unit.factors[order][layout.rebuild.index].long()
+        index = next(pivot.index for pivot in layout.rebuild.pivots.values() if pivot.leading)
+        place = unit.factors[order][index].long()
         reader = choices[next(s for s in unit.sites if s.order == order).pointwise_consumer or 0]
-        axis = reader.site.kind.dense.inputs[0].axes[-1]
-        factors[reader.site.order] = _reads(lowered(unit.target, reader)[0], factors[reader.site.order], place, axis)
+        factors[reader.site.order] = _reads(lowered(unit.target, reader)[0], factors[reader.site.order], place)
         orders[order] = torch.argsort(place)
     return factors, orders
 
 
-def _reads(layout: Layout, factors: Factors, place: Tensor, axis: str) -> dict[str, Tensor]:
-    """Factors of a site whose input x (along ``axis``) comes as ``stack`` with ``x = stack[place]``."""
+def _reads(layout: Layout, factors: Factors, place: Tensor) -> dict[str, Tensor]:
+    """Factors of a site whose input x (along axis i) comes as ``stack`` with ``x = stack[place]``."""
     shape = layout.rebuild
-    if shape.join == axis:
-        index = place[factors[shape.index].long()].to(factors[shape.index].dtype)
-        return {**factors, shape.index: index}
     order, changed = torch.argsort(place), dict(factors)
     for name, term in shape.factors.items():
-        if axis in term.axes:
-            changed[name] = factors[name].index_select(term.axes.index(axis), order)
+        pivot = shape.pivots.get(name)
+        if pivot is not None and pivot.split == "i":
+            index = factors[pivot.index]
+            changed[pivot.index] = place[index.long()].to(index.dtype)
+        elif ("i",) in term.groups:
+            changed[name] = factors[name].index_select(term.groups.index(("i",)), order)
     return changed

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+
+import torch
+from torch import Tensor
 
 from tdc import decompositions
 from tdc.ir import DENSE, Block, Candidate, Decline, Layout, Metric, Remark, Site
@@ -18,7 +22,7 @@ from tdc.targets import Target
 
 from .base import Pass, Unit
 
-__all__ = ["ProposeLayouts", "lowered", "metric_name", "metric_of", "site_statistics"]
+__all__ = ["ProposeLayouts", "Work", "lowered", "metric_name", "metric_of", "site_statistics"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,14 @@ class ProposeLayouts(Pass):
         return unit.having(candidates=proposed).remarking(*remarks)
 
 
-def metric_of(unit: Unit, entry: SiteStatistics | None) -> Metric:
-    """The metric of one site: ``input`` where the unit uses statistics and has some of this site, else ``weight``."""
+def metric_of(unit: Unit, site: Site, entry: SiteStatistics | None, weight: Tensor) -> Metric:
+    """The metric of one site: ``input`` where the unit uses statistics and has some of this site, else ``weight``, with
+    the gain of a normalisation in front folded into the weight.
+    """
     if metric_name(unit) == "weight" or entry is None or unit.statistics is None:
-        return Metric("weight")
-    return Metric("input", unit.statistics.second_moment(entry))
+        gain = unit.program.gain(site)
+        return Metric("weight", None if gain is None else torch.diag(gain.double().square()))
+    return unit.statistics.metric(entry, weight)
 
 
 def metric_name(unit: Unit) -> str:
@@ -68,6 +75,26 @@ def site_statistics(unit: Unit) -> Mapping[int, SiteStatistics]:
     return unit.statistics.of(unit.sites) if unit.statistics is not None else {}
 
 
+@dataclass(frozen=True)
+class Work:
+    """How much runs through a site in one calibration batch, all uses together: activation rows or output positions,
+    and entries of the input per position along each window axis.
+    """
+
+    rows: float
+    ratios: Mapping[str, float]
+
+    @classmethod
+    def of(cls, unit: Unit, site: Site, entry: SiteStatistics | None) -> Work:
+        """From the statistics, else from the lengths that the program knows, else one row per use."""
+        if entry is not None and unit.statistics is not None:
+            return cls(entry.seen / unit.statistics.batches, entry.ratios)
+        known = {axis: entries / positions for axis, entries, positions in site.lengths if positions}
+        positions = math.prod(positions for _, _, positions in site.lengths)
+        strides = {window.axis: float(window.stride) for window in site.windows}
+        return cls(float(site.uses * positions), known or strides)
+
+
 @lru_cache(maxsize=8192)
 def _layout(name: str, axes: tuple[tuple[str, int], ...], ranks: tuple[tuple[str, int], ...], variant: str) -> Layout:
     return decompositions.get(name).layout(dict(axes), dict(ranks), variant)
@@ -79,7 +106,7 @@ def lowered(target: Target, candidate: Candidate) -> tuple[Layout, Block | Decli
     """
     site = candidate.site
     layout = _layout(candidate.decomposition, site.sizes, candidate.ranks, candidate.variant)
-    block = target.lower(layout, contraction_paths(site.kind, layout))
+    block = target.lower(site.kind, layout, contraction_paths(site.kind, layout, site.windows))
     if candidate.folded and isinstance(block, Block):
         block = without_gather(block)
     return layout, block
@@ -89,30 +116,61 @@ def _candidates(
     unit: Unit, site: Site, entry: SiteStatistics | None, chosen: list[decompositions.Decomposition]
 ) -> tuple[Candidate, ...]:
     """Candidates in rising order of cost; the dense one comes last."""
-    batches = unit.statistics.batches if unit.statistics is not None else 1
-    rows = entry.rows / batches if entry is not None else float(site.uses)
+    work = Work.of(unit, site, entry)
     sensitivity = entry.sensitivity if entry is not None else 1.0
-    full = dense_cost(site, rows)
+    full = dense_cost(site, work.rows, work.ratios)
     dense = Candidate(site, DENSE, sensitivity=sensitivity, cost=full, dense_cost=full)
     weight = unit.program.weight(site).double()
-    metric = metric_of(unit, entry)
-    step = unit.target.rank_step(site.axes) if unit.options.allocation != "uniform" else 1
-    options = []
+    metric = metric_of(unit, site, entry, weight)
+    options: list[Candidate] = []
     for decomposition in chosen:
-        if site.kind not in decomposition.kinds:
+        for variant in decomposition.variants(site.axes):
+            if metric.output_moment is None or not decomposition.needs_input(variant):
+                options += _points(unit, dense, weight, metric, decomposition, variant, work)
+    options.sort(key=lambda c: (c.cost.params, c.error, c.decomposition, c.variant))
+    return (*_useful(options), dense)
+
+
+def _points(
+    unit: Unit,
+    dense: Candidate,
+    weight: Tensor,
+    metric: Metric,
+    decomposition: decompositions.Decomposition,
+    variant: str,
+    work: Work,
+) -> list[Candidate]:
+    """One variant's candidates that are smaller than dense."""
+    site, full = dense.site, dense.cost
+    full_rank = min(decomposition.full_ranks(site.axes, variant).values())
+    step = unit.target.rank_step(full_rank) if unit.options.allocation != "uniform" else 1
+    lattice = decomposition.rank_lattice(site.axes, step, variant)
+    errors = decomposition.errors(weight, site.axes, metric, lattice, variant)
+    found = []
+    for ranks, error in zip(lattice, errors, strict=True):
+        rounded = float(f"{error:.6g}")
+        point = replace(
+            dense, decomposition=decomposition.name, variant=variant, ranks=tuple(ranks.items()), error=rounded
+        )
+        layout, block = lowered(unit.target, point)
+        if isinstance(block, Decline):
             continue
-        lattice = decomposition.rank_lattice(site.axes, step)
-        errors = decomposition.errors(weight, metric, lattice)
-        variant = decomposition.variant(site.axes)
-        for ranks, error in zip(lattice, errors, strict=True):
-            rounded = float(f"{error:.6g}")
-            point = Candidate(site, decomposition.name, variant, tuple(ranks.items()), rounded, sensitivity, full, full)
-            layout, block = lowered(unit.target, point)
-            if isinstance(block, Decline):
-                continue
-            cost = block_cost(site, layout, block, rows)
-            if all(getattr(cost, q) < getattr(full, q) or getattr(full, q) == 0 for q in QUANTITIES):
-                fields = (site, decomposition.name, variant, point.ranks, rounded, sensitivity, cost, full)
-                options.append(Candidate(*fields))
-    options.sort(key=lambda c: (c.cost.params, c.error, c.decomposition))
-    return (*options, dense)
+        cost = block_cost(site, layout, block, work.rows, work.ratios)
+        if all(getattr(cost, q) < getattr(full, q) or getattr(full, q) == 0 for q in QUANTITIES):
+            found.append(replace(point, cost=cost))
+    return found
+
+
+def _useful(options: list[Candidate]) -> list[Candidate]:
+    """Without those that another one beats in error, and in every quantity, or equals in all (the first one stays)."""
+    kept: list[Candidate] = []
+    for option in options:
+        if not any(_beats(other, option) for other in kept):
+            kept.append(option)
+    return kept
+
+
+def _beats(other: Candidate, option: Candidate) -> bool:
+    return other.error <= option.error and all(
+        getattr(other.cost, quantity) <= getattr(option.cost, quantity) for quantity in QUANTITIES
+    )

@@ -25,7 +25,11 @@ class RewriteGraph(Pass):
             order = choice.site.order
             if order in unit.blocks:
                 new = Replacement(
-                    unit.blocks[order], unit.factors[order], choice.decomposition, unit.output_orders.get(order)
+                    block=unit.blocks[order],
+                    factors=unit.factors[order],
+                    decomposition=choice.decomposition,
+                    output_order=unit.output_orders.get(order),
+                    shift=unit.shifts.get(order),
                 )
                 unit.program.replace(choice.site, new)
         return unit.having(result=unit.program.finish())

@@ -21,7 +21,7 @@ from .errors import (  # noqa: E402
     TdcError,
     VerificationError,
 )
-from .frontends.nn import FactoredLinear  # noqa: E402
+from .frontends.nn import FactoredConv, FactoredLinear  # noqa: E402
 from .ir import Plan  # noqa: E402
 from .report import Report  # noqa: E402
 from .statistics import Statistics  # noqa: E402
@@ -32,6 +32,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "DestinationError",
+    "FactoredConv",
     "FactoredLinear",
     "ModelError",
     "OptionError",

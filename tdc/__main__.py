@@ -221,7 +221,7 @@ def _list(options: argparse.Namespace) -> None:
 
     if options.what == "decompositions":
         found = [decompositions.get(name) for name in decompositions.names()]
-        lines = [(d.name, ", ".join(sorted(k.value for k in d.kinds)), d.summary) for d in found]
+        lines = [(d.name, ", ".join(d.layers), d.summary) for d in found]
         print(format_table(("name", "layers", "good for"), lines, left=3))
         for decomposition in found:
             for variant, equation in decomposition.equations.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from . import decompositions, targets
-from .archive import RECORD, load, note_in_config, save
+from .archive import RECORD, load, note_in_config, save, stored_report
 from .errors import CalibrationError, DestinationError, ModelError, OptionError
-from .frontends.nn import FactoredLinear, NnProgram
+from .frontends.nn import Factored, NnProgram
 from .ir import Cost, Plan
 from .options import Options
 from .passes.base import Unit
@@ -201,19 +202,20 @@ def compress_onnx(
         BudgetError, CalibrationError, PlanError, OptionError: as for :func:`compress`.
     """
     from .files import checked_destination
-    from .frontends.onnx import OnnxProgram, load_model, save_model
+    from .frontends.onnx import OnnxProgram, file_size, load_model, save_model
 
     into, out = Path(source), checked_destination(destination)
     if out.exists() and into.exists() and out.samefile(into):
         raise DestinationError(f"{out} is the input file: choose another name for the output")
     options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
     program = OnnxProgram(load_model(into), into)
-    before = program.cost()
+    example, calibration = _peek(None, calibration)
+    batch = next(program.batches([example]), None) if example is not None else None
+    before = program.cost(batch)
     unit = _compressed(_unit(program, options, calibration, statistics, probe), plan)
-    made = _report(unit, before, OnnxProgram(unit.result, None).cost())
-    assert unit.plan is not None
+    made = replace(_report(unit, before, OnnxProgram(unit.result, None).cost(batch)), files=(file_size(into), 0))
     save_model(unit.result, out, source=into, metadata={"tdc.report": made.to_json()})
-    return made
+    return stored_report(out)
 
 
 def report(small: nn.Module | str | Path) -> Report:
@@ -224,8 +226,6 @@ def report(small: nn.Module | str | Path) -> Report:
     """
     if isinstance(small, nn.Module):
         return _record(small)[0]
-    from .archive import stored_report
-
     return stored_report(Path(small))
 
 
@@ -237,13 +237,13 @@ def densify(small: M) -> M:
     Raises:
         ModelError: the module has no factored layer.
     """
-    if not any(isinstance(module, FactoredLinear) for module in small.modules()):
+    if not any(isinstance(module, Factored) for module in small.modules()):
         raise ModelError("the model has no factored layer: nothing to densify")
     dense = copy.deepcopy(small)
     made: dict[int, nn.Module] = {}
     weights: dict[tuple[int, ...], nn.Parameter | None] = {}
     for path, module in list(dense.named_modules(remove_duplicate=False)):
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, Factored):
             parent, _, child = path.rpartition(".")
             plain = made.setdefault(id(module), module.dense())
             tied = tuple(id(factor) for factor in module.factors.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from . import targets
 from .errors import ModelError, PlanError
 from .files import atomic_write, checked_destination
-from .frontends.nn import FactoredLinear
+from .frontends.nn import Factored
 from .frontends.nn.restore import restore
 from .ir import Block, Decline, Plan, Site
 from .passes.propose_layouts import lowered
@@ -71,7 +72,7 @@ def _check_told(small: nn.Module, plan: Plan) -> None:
     """Raises ModelError if a factored layer is not in the plan, so that the file could not be loaded."""
     told = {name.removesuffix(".weight") for c in plan.choices if not c.is_dense for name in c.site.names}
     modules = small.named_modules(remove_duplicate=False)
-    if other := [path for path, module in modules if isinstance(module, FactoredLinear) and path not in told]:
+    if other := [path for path, module in modules if isinstance(module, Factored) and path not in told]:
         raise ModelError(
             f"{', '.join(other[:3])} was factored by an earlier compression, which the last plan does not tell: "
             f"compress once with one plan, or use torch.save"
@@ -111,12 +112,13 @@ def load(path: str | Path, model: M) -> M:
 def stored_report(path: Path) -> Report:
     """The report in a ``.tdc`` or ``.onnx`` file. Raises ModelError."""
     if path.suffix.lower() == ".onnx":
-        from .frontends.onnx import load_model
+        from .frontends.onnx import file_size, load_model
 
         text = load_model(path).metadata_props.get("tdc.report")
         if text is None:
             raise ModelError(f"{path} was not made by TDC: it has no report")
-        return Report.from_json(text)
+        made = Report.from_json(text)
+        return replace(made, files=(made.files[0], file_size(path))) if made.files else made
     return Report.from_json(_read(path)[0]["report"])
 
 

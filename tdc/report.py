@@ -20,8 +20,8 @@ class SiteReport:
     """One site. Errors are relative squared errors of the stored factors: planned and measured in the metric, and of
     the weight.
 
-    ``before`` and ``after``: params, bytes, multiply-adds per calibration batch (per activation row where there was
-    none).
+    ``before`` and ``after``: params, bytes, multiply-adds and peak bytes of activations, the last two of the site in a
+    calibration batch (per activation row, or example, where there was none).
     """
 
     name: str
@@ -40,8 +40,9 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole result. ``model_before`` and ``model_after`` are of the whole model; the sums over sites are
-    properties.
+    """The whole result. ``model_before`` and ``model_after`` are of the whole model, multiply-adds and peak of the
+    activations counted while it ran (ONNX: from the shapes of the first calibration batch, 0 where unknown); the sums
+    over sites are properties.
     """
 
     door: str
@@ -53,6 +54,8 @@ class Report:
     model_before: Cost
     model_after: Cost
     remarks: tuple[Remark, ...] = ()
+    files: tuple[int, int] | None = None
+    """Bytes on disk of the model file, with its external data, before and after; None where there is no file."""
 
     @property
     def before(self) -> Cost:
@@ -111,6 +114,7 @@ class Report:
                 for row in data["sites"]
             )
             data["remarks"] = tuple(Remark(**row) for row in data["remarks"])
+            data["files"] = tuple(data["files"]) if data.get("files") else None
             data["model_before"], data["model_after"] = Cost(**data["model_before"]), Cost(**data["model_after"])
             return cls(**data)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -138,14 +142,18 @@ class Report:
             _total("candidate sites", self.before, self.after),
             _total("whole model", self.model_before, self.model_after),
         ]
-        lines.append(format_table(("", "params", "keep", "bytes", "keep", "multiply-adds", "keep"), totals))
+        head = ("", "params", "keep", "bytes", "keep", "multiply-adds", "keep", "activations", "keep")
+        lines.append(format_table(head, totals))
+        if self.files:
+            old, new = self.files
+            lines.append(f"files: {format_count(old)}B -> {format_count(new)}B, keep {new / old:.4f}")
         lines += ["", *map(str, self.remarks)] if self.remarks else []
         return "\n".join(lines)
 
 
 def _total(what: str, before: Cost, after: Cost) -> tuple[str, ...]:
     cells = [what]
-    for quantity in ("params", "bytes", "macs"):
+    for quantity in ("params", "bytes", "macs", "peak"):
         old, new = getattr(before, quantity), getattr(after, quantity)
         cells += [f"{format_count(old)} -> {format_count(new)}", f"{new / old:.4f}"] if old else ["-", "-"]
     return tuple(cells)

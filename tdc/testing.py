@@ -6,26 +6,65 @@ The references are slow, in numpy and float64, and share no code with what they 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import decompositions
 from .frontends.program import sketch
-from .ir import Block, Metric, Op, OpKind, Site
+from .ir import Block, Metric, Op, OpKind, Site, Window, window_attributes
 
 __all__ = [
+    "EXAMPLE_AXES",
+    "applicable",
     "assert_close",
     "count_macs",
+    "matrix_of",
     "optimal_error",
+    "random_cnn",
     "random_metric",
+    "random_metric_of",
     "random_mlp",
     "random_site",
     "random_weight",
+    "random_weight_of",
     "relative_error",
     "run_block",
+    "variants_of",
 ]
+
+EXAMPLE_AXES: Mapping[str, Mapping[str, int]] = {
+    "linear-tall": {"o": 12, "i": 8},
+    "linear-wide": {"o": 7, "i": 13},
+    "linear-thin": {"o": 11, "i": 2},
+    "linear-square": {"o": 5, "i": 5},
+    "conv1d": {"g": 1, "o": 6, "i": 5, "p": 3},
+    "conv1d-pointwise": {"g": 2, "o": 5, "i": 4, "p": 1},
+    "conv2d": {"g": 1, "o": 8, "i": 6, "p": 3, "q": 3},
+    "conv2d-groups": {"g": 2, "o": 4, "i": 5, "p": 3, "q": 3},
+    "conv2d-pointwise": {"g": 1, "o": 9, "i": 7, "p": 1, "q": 1},
+    "conv2d-row": {"g": 1, "o": 6, "i": 7, "p": 1, "q": 3},
+    "conv2d-narrowing": {"g": 1, "o": 2, "i": 11, "p": 2, "q": 2},
+    "conv2d-widening": {"g": 1, "o": 11, "i": 2, "p": 2, "q": 2},
+    "conv2d-depthwise": {"g": 4, "o": 2, "i": 1, "p": 3, "q": 5},
+    "conv3d": {"g": 2, "o": 4, "i": 3, "p": 2, "q": 3, "z": 2},
+}
+"""Axis sizes of small weights of every kind, as :attr:`tdc.ir.Site.axes` gives them."""
+
+
+def variants_of(name: str, axes: Mapping[str, int]) -> tuple[str, ...]:
+    """The variants that a decomposition proposes for a weight of these axes, and those that write the same fit."""
+    d = decompositions.get(name)
+    proposed = d.variants(axes)
+    return tuple(dict.fromkeys((*proposed, *(same for v in proposed for same in d.same_fit(axes, v)))))
+
+
+def applicable(axes: Mapping[str, int]) -> list[str]:
+    """Names of the decompositions that propose a variant for a weight of these axes."""
+    return [name for name in decompositions.names() if variants_of(name, axes)]
 
 
 def random_weight(rows: int, columns: int, *, rank: int | None = None, seed: int = 0) -> Tensor:
@@ -38,24 +77,87 @@ def random_weight(rows: int, columns: int, *, rank: int | None = None, seed: int
     return (torch.linalg.qr(left).Q[:, :least] * decay) @ torch.linalg.qr(right).Q[:least]
 
 
-def random_metric(columns: int, *, rank: int | None = None, seed: int = 0) -> Metric:
-    """The ``input`` metric of correlated random inputs; with ``rank``, a singular one that has seen so many
-    directions.
+def random_weight_of(axes: Mapping[str, int], *, rank: int | None = None, seed: int = 0) -> Tensor:
+    """A float64 weight in canonical axes, (o, i) or (g o, i, window axes), of falling spectrum along every axis; with
+    ``rank``, a sum of that many outer products in each group.
     """
-    generator = torch.Generator().manual_seed(77 * seed + columns)
-    inputs = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64)
-    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
-    if rank is not None:
-        inputs[:, rank:] = 0
-    inputs = inputs @ (mix + torch.eye(columns, dtype=torch.float64))
-    return Metric("input", inputs.T @ inputs / len(inputs))
+    if "g" not in axes:
+        return random_weight(axes["o"], axes["i"], rank=rank, seed=seed)
+    generator = torch.Generator().manual_seed(1000 * seed + sum(3**k * n for k, n in enumerate(axes.values())))
+    groups, *sizes = axes.values()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    parts = []
+    for _ in range(groups):
+        if rank is not None:
+            letters = "abcde"[: len(sizes)]
+            text = f"{','.join(f'r{letter}' for letter in letters)}->{letters}"
+            parts.append(torch.einsum(text, *(normal(rank, size) for size in sizes)))
+            continue
+        part = normal(*sizes)
+        for k, size in enumerate(sizes):
+            mix = torch.linalg.qr(normal(size, size)).Q * torch.arange(1, size + 1, dtype=torch.float64) ** -0.5
+            part = torch.tensordot(mix, part.movedim(k, 0), 1).movedim(0, k)
+        parts.append(part)
+    return torch.cat(parts)
 
 
-def random_site(weight: Tensor, *, order: int = 0, name: str = "layer.weight", uses: int = 1) -> Site:
-    """The linear site that a frontend finds for ``weight`` (o, i)."""
-    sizes = (("o", weight.shape[0]), ("i", weight.shape[1]))
+def random_metric(
+    columns: int, *, rank: int | None = None, seed: int = 0, groups: int = 0, centred: bool = False
+) -> Metric:
+    """The ``input`` metric of correlated random inputs; with ``rank``, a singular one that has seen so many
+    directions. With ``groups``, as convolutions have it: one second moment for each. ``centred``: with a mean, which
+    the bias takes up.
+    """
+    moments, means = [], []
+    for group in range(max(1, groups)):
+        generator = torch.Generator().manual_seed(77 * seed + columns + 1013 * group)
+        inputs = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64)
+        mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+        if rank is not None:
+            inputs[:, rank:] = 0
+        inputs = inputs @ (mix + torch.eye(columns, dtype=torch.float64)) + (0.7 if centred else 0.0)
+        mean = inputs.mean(0)
+        inputs = inputs - mean if centred else inputs
+        moments.append(inputs.T @ inputs / len(inputs))
+        means.append(mean)
+    if not groups:
+        return Metric("input", moments[0], means[0] if centred else None)
+    return Metric("input", torch.stack(moments), torch.stack(means) if centred else None)
+
+
+def random_metric_of(
+    axes: Mapping[str, int], *, rank: int | None = None, seed: int = 0, centred: bool = False
+) -> Metric:
+    """The same for a weight of these axes."""
+    width = prod(size for axis, size in axes.items() if axis not in ("g", "o"))
+    return random_metric(width, rank=rank, seed=seed, groups=axes.get("g", 0), centred=centred)
+
+
+def random_site(
+    weight: Tensor,
+    *,
+    order: int = 0,
+    name: str = "layer.weight",
+    uses: int = 1,
+    groups: int = 1,
+    windows: Sequence[Window] = (),
+    bias: bool = False,
+) -> Site:
+    """The site that a frontend finds for ``weight``: linear, or a convolution with ``groups`` and ``windows`` (by
+    default without stride, padding and dilation).
+    """
     dtype = str(weight.dtype).removeprefix("torch.")
-    return Site(OpKind.LINEAR, sizes, dtype, order, sketch(weight), (name,), uses)
+    if weight.ndim == 2:
+        sizes: tuple[tuple[str, int], ...] = (("o", weight.shape[0]), ("i", weight.shape[1]))
+        return Site(OpKind.LINEAR, sizes, dtype, order, sketch(weight), (name,), uses, bias=bias)
+    kind = (OpKind.CONV1D, OpKind.CONV2D, OpKind.CONV3D)[weight.ndim - 3]
+    taps = tuple(zip(kind.windows, weight.shape[2:], strict=True))
+    sizes = (("g", groups), ("o", weight.shape[0] // groups), ("i", weight.shape[1]), *taps)
+    attributes = window_attributes(tuple(windows) or tuple(Window(axis, size) for axis, size in taps))
+    return Site(kind, sizes, dtype, order, sketch(weight), (name,), uses, attributes, bias=bias)
 
 
 def random_mlp(
@@ -74,42 +176,103 @@ def random_mlp(
     return nn.Sequential(*layers[:-1]).to(dtype).eval()
 
 
-def relative_error(weight: Tensor, approximation: Tensor, metric: Metric) -> float:
-    """``tr(D S D^T) / tr(W S W^T)`` with ``D = W - W_hat``; S is the identity for ``weight``."""
-    dense = weight.double().numpy()
-    second = np.eye(dense.shape[1]) if metric.second_moment is None else metric.second_moment.numpy()
-    difference = dense - approximation.detach().double().numpy()
-    return float(np.trace(difference @ second @ difference.T) / np.trace(dense @ second @ dense.T))
+def random_cnn(*, seed: int = 0, dtype: torch.dtype = torch.float32, bias: bool = False) -> nn.Sequential:
+    """A network for images (examples, 3, height, width): a convolution "0", one with stride and groups "3", one with
+    dilation "6", a pointwise one "9" with a bias, a pool, and a linear head "13". A batch normalisation with random
+    statistics follows each of the first three, which have no bias of their own unless ``bias``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = [
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=bias), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=2, bias=bias), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 24, 3, padding=2, dilation=2, bias=bias), nn.BatchNorm2d(24), nn.ReLU()),
+        *(nn.Conv2d(24, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 12)),
+    ]
+    with torch.no_grad():
+        for k, layer in enumerate(layers):
+            if isinstance(layer, nn.Conv2d):
+                groups, (rows, *rest) = layer.groups, layer.weight.shape
+                axes = dict(zip("goipq", (groups, rows // groups, *rest), strict=True))
+                weight = random_weight_of(axes, seed=seed + k)
+                layer.weight.copy_(weight * (rows / weight.square().sum()) ** 0.5)
+            elif isinstance(layer, nn.Linear):
+                layer.weight.copy_(random_weight(*layer.weight.shape, seed=seed + k))
+            elif isinstance(layer, nn.BatchNorm2d):
+                for tensor, low, high in (
+                    (layer.running_mean, -0.5, 0.5),
+                    (layer.running_var, 0.5, 2.0),
+                    (layer.weight, 0.5, 1.5),
+                    (layer.bias, -0.3, 0.5),
+                ):
+                    assert tensor is not None
+                    tensor.uniform_(low, high, generator=generator)
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+                layer.bias.copy_(torch.linspace(-1, 1, len(layer.bias)))
+    return nn.Sequential(*layers).to(dtype).eval()
 
 
-def optimal_error(weight: Tensor, metric: Metric, rank: int) -> float:
-    """Least relative squared error of any weight of that rank: the tail of the SVD of ``W L``, ``S = L L^T``
-    (Cholesky).
+def matrix_of(weight: Tensor, groups: int = 1) -> np.ndarray:
+    """A weight (g o, i, ...) as one float64 matrix (o, n) per group: (g, o, n)."""
+    dense = weight.detach().double().numpy()
+    return dense.reshape(groups, dense.shape[0] // groups, -1)
+
+
+def _second_moments(metric: Metric, groups: int, width: int) -> np.ndarray:
+    if metric.second_moment is None:
+        return np.broadcast_to(np.eye(width), (groups, width, width))
+    return metric.second_moment.double().numpy().reshape(groups, width, width)
+
+
+def relative_error(weight: Tensor, approximation: Tensor, metric: Metric, groups: int = 1) -> float:
+    """``sum_g tr(D S D^T) / (tr(W S W^T) + ||W mean||^2)`` with ``D = W - W_hat``; S is the identity for ``weight``."""
+    dense, new = matrix_of(weight, groups), matrix_of(approximation, groups)
+    second = _second_moments(metric, groups, dense.shape[2])
+    lost, whole = 0.0, 0.0
+    for g in range(groups):
+        difference = dense[g] - new[g]
+        lost += float(np.trace(difference @ second[g] @ difference.T))
+        whole += float(np.trace(dense[g] @ second[g] @ dense[g].T))
+        if metric.mean is not None:
+            whole += float(np.sum((dense[g] @ metric.mean.double().numpy().reshape(groups, -1)[g]) ** 2))
+    return lost / whole
+
+
+def optimal_error(weight: Tensor, metric: Metric, rank: int | Sequence[int], groups: int = 1) -> float:
+    """Least relative squared error of any weight of that matrix rank (in every group, or by group): the tail of the SVD
+    of ``W L``, ``S = L L^T`` (Cholesky).
 
     For a singular S, ``L`` is its symmetric root.
     """
-    root = np.eye(weight.shape[1])
-    if metric.second_moment is not None:
-        second = metric.second_moment.numpy()
+    dense = matrix_of(weight, groups)
+    second = _second_moments(metric, groups, dense.shape[2])
+    ranks = [rank] * groups if isinstance(rank, int) else rank
+    lost, whole = 0.0, 0.0
+    for g, kept in enumerate(ranks):
         try:
-            root = np.linalg.cholesky(second)
+            root = np.linalg.cholesky(second[g])
         except np.linalg.LinAlgError:
-            values, vectors = np.linalg.eigh(second)
+            values, vectors = np.linalg.eigh(second[g])
             root = vectors * np.sqrt(np.clip(values, 0, None))
-    energy = np.linalg.svd(weight.numpy() @ root, compute_uv=False) ** 2
-    return float(energy[rank:].sum() / energy.sum())
+        energy = np.linalg.svd(dense[g] @ root, compute_uv=False) ** 2
+        lost, whole = lost + float(energy[kept:].sum()), whole + float(energy.sum())
+        if metric.mean is not None:
+            whole += float(np.sum((dense[g] @ metric.mean.double().numpy().reshape(groups, -1)[g]) ** 2))
+    return lost / whole
 
 
 def run_block(block: Block, factors: Mapping[str, Tensor], activation: Tensor) -> Tensor:
-    """What ``block`` computes from an activation (rows, i), op by op in float64."""
+    """What ``block`` computes, op by op in float64, from an activation (rows, i), or (examples, channels, lengths...)
+    for a convolution.
+    """
     return torch.from_numpy(_trace(block, factors, activation)[0])
 
 
-def count_macs(block: Block, factors: Mapping[str, Tensor]) -> int:
-    """Multiply-adds for one activation row, counted on the arrays: numbers that come out times numbers summed
-    for each.
+def count_macs(block: Block, factors: Mapping[str, Tensor], lengths: Sequence[int] = ()) -> int:
+    """Multiply-adds for one activation row, or for one example with these ``lengths`` along the window axes, counted on
+    the arrays: numbers that come out times numbers summed for each.
     """
-    return _trace(block, factors, torch.zeros(1, dict(block.sizes)["i"]))[1]
+    sizes = dict(block.sizes)
+    return _trace(block, factors, torch.zeros(1, sizes.get("g", 1) * sizes["i"], *lengths))[1]
 
 
 def _trace(block: Block, factors: Mapping[str, Tensor], activation: Tensor) -> tuple[np.ndarray, int]:
@@ -118,19 +281,21 @@ def _trace(block: Block, factors: Mapping[str, Tensor], activation: Tensor) -> t
     macs = 0
     for op in block.ops:
         operands = [values[name] if name in values else constants[name] for name in op.inputs]
-        values[op.output] = _compute(op, operands)
-        if op.kind == "matmul":
+        values[op.output] = _compute(op, operands, dict(block.sizes).get("g", 1))
+        if op.kind in ("matmul", "conv"):
             macs += values[op.output].size * _summed(op, operands)
     return values[block.output], macs
 
 
-def _compute(op: Op, operands: list[np.ndarray]) -> np.ndarray:
+def _compute(op: Op, operands: list[np.ndarray], groups: int) -> np.ndarray:
     if op.kind == "take":
         return operands[0][:, operands[1][op.start : op.stop]]
     if op.kind == "concat":
         return np.concatenate(operands, axis=1)
     if op.kind == "add":
         return operands[0] + operands[1]
+    if op.kind == "conv":
+        return _convolve(op, operands[0], operands[1], groups)
     assert op.kind == "matmul"
     assert op.equation is not None
     number = {axis: k for k, axis in enumerate(op.equation.axes)}
@@ -138,11 +303,39 @@ def _compute(op: Op, operands: list[np.ndarray]) -> np.ndarray:
     return np.einsum(operands[0], terms[0], operands[1], terms[1], terms[2])
 
 
-def _summed(op: Op, operands: list[np.ndarray]) -> int:
+def _convolve(op: Op, activation: np.ndarray, factor: np.ndarray, groups: int) -> np.ndarray:
+    """The convolution tap by tap: an entry of the input for every position, times the factor's matrix of that tap."""
     assert op.equation is not None
+    carried = [group[0] for group in op.equation.inputs[1].groups[2:]]
+    summed = {op.equation.inputs[1].groups[1][0], *carried}
+    assert set(op.equation.contracted) == summed, f"'{op}' is no convolution: it sums over {op.equation.contracted}"
+    window = {w.axis: w for w in op.windows}
+    assert all(window[axis].size == size for axis, size in zip(carried, factor.shape[2:], strict=True))
+    pads = [w.padding(n) for w, n in zip(op.windows, activation.shape[2:], strict=True)]
+    counts = [w.positions(n) for w, n in zip(op.windows, activation.shape[2:], strict=True)]
+    padded = np.pad(activation, [(0, 0), (0, 0), *pads])
+    kernel = np.moveaxis(factor.reshape(groups, -1, *factor.shape[1:]), (0, 1, 2), (-3, -2, -1))
+    total = np.zeros((len(activation), groups, kernel.shape[-2], *counts))
+    for tap in product(*(range(size) for size in factor.shape[2:])):
+        first = {axis: place * window[axis].dilation for axis, place in zip(carried, tap, strict=True)}
+        places = tuple(
+            slice(start := first.get(w.axis, 0), start + (count - 1) * w.stride + 1, w.stride)
+            for w, count in zip(op.windows, counts, strict=True)
+        )
+        seen = padded[(slice(None), slice(None), *places)]
+        seen = seen.reshape(len(seen), groups, -1, *counts)
+        total += np.einsum("ngi...,goi->ngo...", seen, kernel[tap])
+    return total.reshape(len(activation), -1, *counts)
+
+
+def _summed(op: Op, operands: list[np.ndarray]) -> int:
+    """Numbers summed for each number that comes out."""
+    assert op.equation is not None
+    if op.kind == "conv":
+        return prod(operands[1].shape[1:])
     terms = zip(op.equation.inputs, operands, strict=True)
     length = {axis: array.shape[k] for term, array in terms for k, axis in enumerate(term.axes)}
-    return int(np.prod([length[axis] for axis in op.equation.contracted], dtype=int))
+    return prod(length[axis] for axis in op.equation.contracted)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+# One thread: the tensors of the tests are small, and threads that wait for each other on a busy machine take a hundred
+# times as long. Before anything imports numpy or torch.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import difflib
 import random

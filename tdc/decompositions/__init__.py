@@ -10,10 +10,10 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from ..errors import OptionError
-from ._linalg import low_rank
+from ._linalg import bias_shift, energy, low_rank
 from .base import Decomposition, Factors, rebuild
 
-__all__ = ["Decomposition", "Factors", "get", "low_rank", "names", "rebuild"]
+__all__ = ["Decomposition", "Factors", "bias_shift", "energy", "get", "low_rank", "names", "rebuild"]
 
 
 @cache

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..ir import Layout, Metric, OpKind, Rebuild
+from ..ir import Layout, Metric, Pivot, Rebuild, Term
 
 __all__ = ["Decomposition", "Factors", "rebuild"]
 
@@ -21,31 +22,56 @@ class Decomposition(ABC):
 
     To add one, write one file in this folder (or an installed package with an entry point in the group
     ``tdc.decompositions``) with one subclass; nothing else changes. Everything that is not stated here (factor shapes,
-    counts, cost, contraction order, the nodes that frontends emit) is derived from ``equations``.
+    counts, cost, contraction order, the nodes that frontends emit) is derived from ``equations`` and the ranks.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     """What it is good for, in one sentence."""
-    kinds: ClassVar[frozenset[OpKind]]
     equations: ClassVar[Mapping[str, str]]
-    """Variant -> rebuild equation (see :class:`tdc.ir.Rebuild`)."""
+    """Variant -> rebuild equation (see :class:`tdc.ir.Rebuild`). Of a linear weight it begins with ``o i =``, of a
+    convolution's with ``(g o) i * =``, where ``*`` stands for the window axes ``p``, ``p q`` or ``p q z``."""
+    projects_outputs: ClassVar[bool] = False
+    """Whether a fit needs no more of the input than the moment of the output (``Metric.output_moment``)."""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that it has equations for: ``linear``, ``convolution``."""
+        conv = {text.startswith("(g o)") for text in self.equations.values()}
+        return tuple(name for name, written in (("linear", False), ("convolution", True)) if written in conv)
+
+    def variants(self, axes: Mapping[str, int]) -> tuple[str, ...]:
+        """The variants to propose for a weight of these axes: by default all that are written for its kind."""
+        return tuple(v for v, text in self.equations.items() if text.startswith("(g o)") == ("g" in axes))
+
+    def same_fit(self, axes: Mapping[str, int], variant: str) -> tuple[str, ...]:
+        """Other variants that write the same approximation at the same ranks."""
+        return ()
+
+    def needs_input(self, variant: str) -> bool:
+        """Whether the fit needs the second moment of the input, or that of the output will do."""
+        return not self.projects_outputs
 
     @abstractmethod
-    def sizes(self, variant: str, axes: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
-        """Sizes of all axes of the variant's equation. Raises ValueError for ranks that do not exist."""
+    def full_ranks(self, axes: Mapping[str, int], variant: str) -> dict[str, int]:
+        """The ranks at which the variant is exact for every weight of these axes."""
 
     @abstractmethod
-    def full_ranks(self, axes: Mapping[str, int]) -> dict[str, int]:
-        """The ranks at which the decomposition is exact for every weight of these axes."""
-
-    @abstractmethod
-    def rank_lattice(self, axes: Mapping[str, int], multiple: int) -> Sequence[dict[str, int]]:
+    def rank_lattice(self, axes: Mapping[str, int], multiple: int, variant: str) -> Sequence[dict[str, int]]:
         """The ranks worth proposing: multiples of ``multiple`` that store fewer numbers than the dense weight."""
 
     @abstractmethod
-    def errors(self, weight: Tensor, metric: Metric, lattice: Sequence[Mapping[str, int]]) -> list[float]:
-        """Relative squared error in the metric of the best fit at each point of the lattice, in [0, 1]."""
+    def errors(
+        self,
+        weight: Tensor,
+        axes: Mapping[str, int],
+        metric: Metric,
+        lattice: Sequence[Mapping[str, int]],
+        variant: str,
+    ) -> list[float]:
+        """Relative squared error in the metric at each point of the lattice, in [0, 1]: of the best fit where it has a
+        closed form, else an upper bound that the fit starts from.
+        """
 
     @abstractmethod
     def fit(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
@@ -54,41 +80,57 @@ class Decomposition(ABC):
         ``weight`` is float64, finite and in canonical axes.
         """
 
-    def variant(self, axes: Mapping[str, int]) -> str:
-        """The variant to use for a weight of these axes; the first one unless a subclass knows better."""
-        return next(iter(self.equations))
-
-    def layout(self, axes: Mapping[str, int], ranks: Mapping[str, int], variant: str | None = None) -> Layout:
+    def layout(self, axes: Mapping[str, int], ranks: Mapping[str, int], variant: str) -> Layout:
         """The layout for these ranks. Raises ValueError for an unknown variant or impossible ranks."""
-        chosen = self.variant(axes) if variant is None else variant
-        if chosen not in self.equations:
-            raise ValueError(f"{self.name} has no variant {chosen!r}; it has {sorted(self.equations)}")
-        full = self.full_ranks(axes)
+        fitting = Decomposition.variants(self, axes)
+        if variant not in fitting:
+            raise ValueError(f"{self.name} has no variant {variant!r} for such a weight; it has {sorted(fitting)}")
+        full = self.full_ranks(axes, variant)
         if set(ranks) != set(full):
             raise ValueError(f"{self.name} has the ranks {sorted(full)}; got {sorted(ranks)}")
         for axis, rank in ranks.items():
             if not 1 <= rank <= full[axis]:
                 raise ValueError(f"{self.name}: rank {axis}={rank} is not in 1..{full[axis]}")
-        return Layout(Rebuild.parse(self.equations[chosen]), tuple(self.sizes(chosen, axes, ranks).items()))
+        return Layout(self.rebuild(axes, variant), (*axes.items(), *ranks.items()))
+
+    def rebuild(self, axes: Mapping[str, int], variant: str) -> Rebuild:
+        """The variant's equation with the window axes of this weight."""
+        return _parsed(self.equations[variant], tuple(axis for axis in axes if axis not in ("g", "o", "i")))
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str, windows: tuple[str, ...]) -> Rebuild:
+    return Rebuild.parse(text.replace("*", " ".join(windows)))
 
 
 def rebuild(factors: Factors, layout: Layout) -> Tensor:
     """The dense weight in canonical axes that the factors stand for, by the layout's equation."""
-    shape = layout.rebuild
-    axes = layout.axes
-
-    def part(piece: int) -> Tensor:
-        equation = shape.pieces[piece].equation
+    axes, shape = layout.axes, layout.rebuild
+    parts = []
+    for piece in shape.pieces:
         operands = [
-            factors[name].reshape([axes[a] for a in term.axes])
-            for name, term in zip(shape.pieces[piece].operands, equation.inputs, strict=True)
+            _whole(factors, shape.pivots.get(name), name, term, axes)
+            for name, term in zip(piece.operands, piece.equation.inputs, strict=True)
         ]
-        return torch.einsum(equation.subscripts(), *operands).reshape(equation.output.shape(axes))
+        parts.append(torch.einsum(piece.equation.subscripts(), *operands).reshape(shape.output.shape(axes)))
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    parts = [part(k) for k in range(len(shape.pieces))]
-    if not shape.join:
-        return torch.stack(parts).sum(0)
-    dim = [group for (group,) in shape.output.groups].index(shape.join)
-    stacked = torch.cat(parts, dim)
-    index = factors[shape.index].long()
-    return stacked.index_select(dim, index if shape.at else torch.argsort(index))
+
+def _whole(factors: Factors, pivot: Pivot | None, name: str, term: Term, axes: Mapping[str, int]) -> Tensor:
+    """One factor with every axis of its term apart, the identity block of a pivoted one put in its place."""
+    stored = factors[name]
+    if pivot is None:
+        return stored.reshape([axes[axis] for axis in term.axes])
+    groups = axes.get("g", 1) if "g" in term.axes else 1
+    rank, rest = axes[pivot.rank], axes[pivot.split] - axes[pivot.rank]
+    coef = stored.reshape(groups, rest, rank) if pivot.leading else stored.reshape(groups, rank, rest).mT
+    eye = torch.eye(rank, dtype=coef.dtype).expand(groups, rank, rank)
+    stack = torch.zeros(groups * axes[pivot.split], groups, rank, dtype=coef.dtype)
+    for g in range(groups):
+        stack[g * rank : (g + 1) * rank, g] = eye[g]
+        stack[groups * rank + g * rest : groups * rank + (g + 1) * rest, g] = coef[g]
+    index = factors[pivot.index].long()
+    rows = stack[index if pivot.leading else torch.argsort(index)]
+    own = rows.reshape(groups, axes[pivot.split], groups, rank).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    own = own if pivot.leading else own.mT
+    return own.reshape([axes[axis] for axis in term.axes])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ..ir import Layout, Metric, OpKind
+from ..ir import Layout, Metric
 from ._linalg import low_rank
 from .base import Decomposition, Factors
 
@@ -22,27 +22,31 @@ class SVD(Decomposition):
 
     name = "svd"
     summary = "two thin products; saves below the break-even rank o i / (o + i)"
-    kinds = frozenset({OpKind.LINEAR})
     equations = {"": "o i = u[o r] v[r i]"}
+    projects_outputs = True
 
-    def sizes(self, variant: str, axes: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
-        return {"o": axes["o"], "i": axes["i"], "r": ranks["r"]}
-
-    def full_ranks(self, axes: Mapping[str, int]) -> dict[str, int]:
+    def full_ranks(self, axes: Mapping[str, int], variant: str) -> dict[str, int]:
         return {"r": min(axes["o"], axes["i"])}
 
-    def rank_lattice(self, axes: Mapping[str, int], multiple: int) -> Sequence[dict[str, int]]:
+    def rank_lattice(self, axes: Mapping[str, int], multiple: int, variant: str) -> Sequence[dict[str, int]]:
         o, i = axes["o"], axes["i"]
         below_break_even = (o * i - 1) // (o + i)
         return [{"r": r} for r in range(multiple, below_break_even + 1, multiple)]
 
-    def errors(self, weight: Tensor, metric: Metric, lattice: Sequence[Mapping[str, int]]) -> list[float]:
+    def errors(
+        self,
+        weight: Tensor,
+        axes: Mapping[str, int],
+        metric: Metric,
+        lattice: Sequence[Mapping[str, int]],
+        variant: str,
+    ) -> list[float]:
         tail = low_rank(weight, metric).tail
         return [float(tail[ranks["r"]]) for ranks in lattice]
 
     def fit(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
         best, rank = low_rank(weight, metric), layout.axes["r"]
-        u, v = best.basis[:, :rank], best.coordinates[:rank]
+        u, v = best.basis[0, :, :rank], best.coordinates[0, :rank]
         root = v.norm(dim=1).sqrt()
         root = root.where(root > 0, 1.0)
         return {"u": (u * root).contiguous(), "v": (v / root[:, None]).contiguous()}

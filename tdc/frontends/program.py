@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..ir import Block, Cost, Remark, Site
 
-__all__ = ["Program", "Replacement", "Tap", "head", "is_usable", "passed_over_weight", "sketch"]
+__all__ = ["Change", "Program", "Replacement", "Tap", "head", "is_usable", "passed_over_weight", "sketch"]
 
 Tap = Callable[[Site, Tensor], None]
-"""Called with a site and the activation that enters it: any leading axes, the site's input axis last."""
+"""Called with a site and the activation that enters it: any leading axes and the site's input axis last; for
+convolutions (examples, channels, window axes...), before the padding that the site's windows state."""
 
 _ENTRIES = 8
 _CHUNK = 1 << 22
@@ -27,12 +28,22 @@ class Replacement:
 
     ``output_order``: entry k of the output that the block gives is entry ``output_order[k]`` of the dense one, and
     the site that reads it expects that; a bias between the two must be put in that order. None: the dense order.
+    ``shift``: to be added to the site's bias (one number per output, in the dense order), None for nothing.
     """
 
     block: Block
     factors: Mapping[str, Tensor]
     decomposition: str
     output_order: Tensor | None = None
+    shift: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """Another weight for a site, in canonical axes, and what is added to its bias (one number per output)."""
+
+    weight: Tensor
+    shift: Tensor | None = None
 
 
 class Program(Protocol):
@@ -44,7 +55,17 @@ class Program(Protocol):
         """All sites in topological order, tied uses merged into one, and why other weights were passed over."""
 
     def weight(self, site: Site) -> Tensor:
-        """The dense weight in canonical axes, on the CPU, in its own dtype; not to be written to."""
+        """The dense weight in canonical axes, on the CPU, in its own dtype; not to be written to.
+
+        A normalisation behind the site (``site.norm``) is folded into it.
+        """
+
+    def gain(self, site: Site) -> Tensor | None:
+        """The gain (i) that a normalisation in front of a linear site multiplies its input with, if there is one.
+
+        What comes from the normalisation before it has mean square one in every entry, so ``W diag(gain)`` is the
+        weight to be judged where no data is.
+        """
 
     def batches(self, calibration: Any) -> Iterator[Any]:
         """The user's calibration data as batches that :meth:`observe` and :meth:`outputs` take.
@@ -59,11 +80,13 @@ class Program(Protocol):
         CalibrationError if the model cannot run on the batch.
         """
 
-    def outputs(self, batch: Any, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def outputs(self, batch: Any, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         """Floating outputs by name, with the weights of some sites (by ``site.order``) replaced for this run."""
 
-    def cost(self) -> Cost:
-        """Of the whole model: parameters, bytes, and multiply-adds of one run on the example (0 if not counted)."""
+    def cost(self, batch: Any = None) -> Cost:
+        """Of the whole model: parameters, bytes, and multiply-adds and peak of the activations of one run on the
+        batch, by default the example (0 if not counted).
+        """
 
     def replace(self, site: Site, new: Replacement) -> None:
         """Note that all uses of ``site`` are to be replaced."""
@@ -73,13 +96,14 @@ class Program(Protocol):
 
 
 def sketch(weight: Tensor) -> tuple[float, ...]:
-    """Eight numbers that recognise a weight (o, i) after its rows were scaled (a folded norm) or it was stored
-    transposed.
+    """Eight numbers that recognise a weight (o, i), of a convolution (g o, i k), after its rows were scaled (a folded
+    norm) or it was stored transposed.
 
     With ``S[o, i] = W[o, i]^2 / sum_i W[o, i]^2`` and fixed pseudo-random signs a_k, b_k, entry k is
     ``a_k^T S b_k / sqrt(3 o / i)``, of order one for a Gaussian weight. Rounded to six decimals. () if the weight is
     empty or not finite.
     """
+    weight = weight.flatten(1)
     rows, columns = weight.shape
     if weight.numel() == 0 or not bool(torch.isfinite(weight).all()):
         return ()

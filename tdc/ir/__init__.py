@@ -1,15 +1,17 @@
 """The intermediate values of the compiler. Standard library only; everything here is immutable."""
 
-from .block import Block, Op
+from .block import Block, Op, conv_shape
 from .equation import Equation, Term
-from .layout import Layout, Piece, Rebuild
+from .layout import Layout, Piece, Pivot, Rebuild
 from .metric import METRICS, Metric
 from .path import Path, Step
 from .plan import DENSE, Candidate, Cost, Plan
 from .remark import Decline, Remark
-from .site import OpKind, Site, assign, same_weight
+from .site import CONVOLUTIONS, OpKind, Site, assign, same_weight, window_attributes
+from .window import Window
 
 __all__ = [
+    "CONVOLUTIONS",
     "DENSE",
     "METRICS",
     "Block",
@@ -23,12 +25,16 @@ __all__ = [
     "OpKind",
     "Path",
     "Piece",
+    "Pivot",
     "Plan",
     "Rebuild",
     "Remark",
     "Site",
     "Step",
     "Term",
+    "Window",
     "assign",
+    "conv_shape",
     "same_weight",
+    "window_attributes",
 ]

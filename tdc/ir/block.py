@@ -1,30 +1,39 @@
 """Blocks: the replacement of a site, a typed straight line of few primitives that every frontend can emit.
 
-Primitives (``b`` stands for all leading axes of the activation):
+Primitives (``b`` stands for all leading axes of the activation, for convolutions for example and position):
 
 ==========  ===========================================================================================
 ``matmul``  inputs (activation, factor), with its equation, e.g. ``b i, r i -> b r``
-``take``    inputs (activation, index factor): entries ``index[start:stop]`` of the last axis
-``concat``  inputs (activation, activation, ...): side by side along the last axis
+``conv``    the same for convolutions, with its windows, e.g. ``b g i p q, (g r) i p q -> b g r``
+``take``    inputs (activation, index factor): entries ``index[start:stop]`` of the channel axis
+``concat``  inputs (activation, activation, ...): side by side along the channel axis
 ``add``     inputs (activation, activation): elementwise sum
 ==========  ===========================================================================================
+
+The channel axis is the last one of a ``linear`` block, axis 1 of a convolution.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .equation import Equation
+from .site import OpKind
+from .window import Window
 
-__all__ = ["PRIMITIVES", "Block", "Op", "without_gather"]
+__all__ = ["PRIMITIVES", "Block", "Op", "conv_shape", "without_gather"]
 
-PRIMITIVES = ("matmul", "take", "concat", "add")
+PRIMITIVES = ("matmul", "conv", "take", "concat", "add")
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One primitive: ``output = kind(inputs)``. ``equation`` for matmul, ``start``/``stop`` for take."""
+    """One primitive: ``output = kind(inputs)``. ``equation`` for matmul and conv, ``start``/``stop`` for take.
+
+    ``windows`` of a conv: one for each window axis of the site's kind; those that its factor lacks have one tap.
+    """
 
     kind: str
     output: str
@@ -32,12 +41,15 @@ class Op:
     equation: Equation | None = None
     start: int = 0
     stop: int = 0
+    windows: tuple[Window, ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.output} = {self.kind}({', '.join(self.inputs)})"
         if self.kind == "take":
             return f"{self.output} = take({self.inputs[0]}, {self.inputs[1]}[{self.start}:{self.stop}])"
-        return f"{text}  # {self.equation}" if self.equation else text
+        text = f"{self.output} = {self.kind}({', '.join(self.inputs)})"
+        slides = [str(window) for window in self.windows if not window.trivial]
+        notes = [str(self.equation)] if self.equation else []
+        return f"{text}  # {'; '.join(notes + slides)}" if notes else text
 
 
 @dataclass(frozen=True)
@@ -52,13 +64,71 @@ class Block:
     output: str
     sizes: tuple[tuple[str, int], ...]
     input: str = "x"
+    kind: OpKind = OpKind.LINEAR
 
     @property
     def macs(self) -> int:
-        """Multiply-adds per activation row (axis ``b`` counted once)."""
-        sizes: Mapping[str, int] = dict(self.sizes)
-        rows = frozenset("b")
-        return sum(op.equation.macs(sizes, without=rows) for op in self.ops if op.equation is not None)
+        """Multiply-adds per activation row, or per output position where input and output have equal lengths."""
+        return round(self.macs_at({}))
+
+    def macs_at(self, ratios: Mapping[str, float]) -> float:
+        """Multiply-adds per activation row or output position.
+
+        ``ratios``: entries of the input per position of the output, along each window axis (1 where not given). A step
+        runs at every position of its own output: at all entries of the axes that later steps slide over. A window axis
+        is counted in the step whose factor carries it, and nowhere else.
+        """
+        shapes, sizes = dict(self.factors), dict(self.sizes)
+        positions = self._positions(ratios)
+        total = 0.0
+        for op in self.ops:
+            if op.equation is not None:
+                activation, factor = (term.axes for term in op.equation.inputs)
+                others = set(activation) - set(factor) - {"b"} - {window.axis for window in op.windows}
+                numbers = math.prod(shapes[op.inputs[1]]) * math.prod(sizes[axis] for axis in others)
+                total += numbers * positions[op.output]
+        return total
+
+    def peak_at(self, ratios: Mapping[str, float]) -> float:
+        """The most numbers of activations that live at a time, per activation row or output position; see
+        :meth:`macs_at`.
+        """
+        positions, width = self._positions(ratios), {self.input: self._input_width()}
+        last = {name: k for k, op in enumerate(self.ops) for name in op.inputs}
+        live, most = {self.input}, 0.0
+        for k, op in enumerate(self.ops):
+            width[op.output] = self._width(op, width)
+            live.add(op.output)
+            most = max(most, sum(width[name] * positions[name] for name in live))
+            live -= {name for name in live if last.get(name, -1) <= k and name != self.output}
+        return most
+
+    def _positions(self, ratios: Mapping[str, float]) -> dict[str, float]:
+        """Entries of every value per output position, channels not counted."""
+        waiting = {window.axis for op in self.ops for window in op.windows if not window.trivial}
+        passed: dict[str, frozenset[str]] = {self.input: frozenset()}
+        for op in self.ops:
+            before = frozenset().union(*(passed[name] for name in op.inputs if name in passed))
+            passed[op.output] = before | {window.axis for window in op.windows if not window.trivial}
+        return {name: math.prod(ratios.get(axis, 1.0) for axis in waiting - done) for name, done in passed.items()}
+
+    def _input_width(self) -> int:
+        sizes = dict(self.sizes)
+        return math.prod(sizes[axis] for axis in self.kind.dense.inputs[0].axes if axis in ("g", "i"))
+
+    def _width(self, op: Op, width: Mapping[str, int]) -> int:
+        """Channels of an op's output."""
+        if op.kind == "take":
+            return op.stop - op.start
+        if op.kind == "concat":
+            return sum(width[name] for name in op.inputs)
+        if op.equation is None:
+            return width[op.inputs[0]]
+        shape, factor = dict(self.factors)[op.inputs[1]], op.equation.inputs[1].groups
+        kept = set(op.equation.output.axes) - {"b"} - {window.axis for window in op.windows}
+        if kept == set(factor[0]):
+            return shape[0]
+        return math.prod(dict(self.sizes)[axis] for axis in kept)
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{name}{list(shape)}" for name, shape in self.factors)
@@ -73,4 +143,14 @@ def without_gather(block: Block) -> Block:
         raise ValueError(f"the block does not end in a gather: {last}")
     used = {name for op in ops for name in op.inputs}
     factors = tuple((name, shape) for name, shape in block.factors if name in used)
-    return Block(factors, tuple(ops), last.inputs[0], block.sizes, block.input)
+    return replace(block, factors=factors, ops=tuple(ops), output=last.inputs[0])
+
+
+def conv_shape(op: Op, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a conv's factor as convolution operators take it: (outputs, inputs per group, every window axis).
+
+    The factor is stored with only the window axes of its term; the others have one tap.
+    """
+    assert op.equation is not None
+    carried = dict(zip((group[0] for group in op.equation.inputs[1].groups[2:]), shape[2:], strict=True))
+    return (*shape[:2], *(carried.get(window.axis, 1) for window in op.windows))

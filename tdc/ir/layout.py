@@ -10,66 +10,73 @@ from functools import cached_property
 
 from .equation import Equation, Shape, Term
 
-__all__ = ["INDEX_BYTES", "Layout", "Piece", "Rebuild"]
+__all__ = ["INDEX_BYTES", "Layout", "Piece", "Pivot", "Rebuild"]
 
 INDEX_BYTES = 4
 """Bytes of one entry of an index factor (int32)."""
 
-_FACTOR = re.compile(r"([a-z][a-z0-9_]*)\[([^\]]*)\]")
+_FACTOR = re.compile(r"(?:pivot\(\s*(\w+)\s*,\s*(\w+)\s*\)|([a-z][a-z0-9_]*))\[([^\]]*)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Pivot:
+    """A factor of which an identity block is not stored: ``pivot(coef, place)[o r]``.
+
+    Axis ``split`` (o) of the factor holds the ``rank`` (r) rows of an identity beside the stored coefficients of the
+    others, ``coef`` (o - r, r). ``leading`` (rank axis last, as here): row ``j`` of the factor is row ``place[j]`` of
+    the stack, which at run time is one gather of the output. Else, ``pivot(coef, order)[r i]``: column ``k`` of the
+    stack is column ``order[k]`` of the factor, one gather of the input. The index is int32, one entry per entry of the
+    split axis, groups counted (stacks of all groups side by side: identities first).
+    """
+
+    coef: str
+    index: str
+    split: str
+    rank: str
+    leading: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One product of factors: ``coef[q p] rows[p i]``, giving the terms of one part of the weight."""
+    """One product of factors, ``u[o r] v[r i]``; names, and their terms in the equation."""
 
     operands: tuple[str, ...]
     equation: Equation
+    pivots: tuple[Pivot | None, ...]
 
     def __str__(self) -> str:
-        return " ".join(f"{name}[{term}]" for name, term in zip(self.operands, self.equation.inputs, strict=True))
+        parts = []
+        for name, term, pivot in zip(self.operands, self.equation.inputs, self.pivots, strict=True):
+            parts.append(f"pivot({name}, {pivot.index})[{term}]" if pivot else f"{name}[{term}]")
+        return " ".join(parts)
 
 
 @dataclass(frozen=True)
 class Rebuild:
-    """``o i = piece``, a sum ``o i = piece + piece``, or pieces side by side along one axis of the weight.
-
-    ``o i = rows[p i] | coef[q p] rows[p i] over o = p q at place`` says: stack the two pieces along ``o`` (their own
-    parts of it are ``p`` and ``q``); row ``j`` of the weight is row ``place[j]`` of the stack. With ``by order``
-    instead, row ``k`` of the stack is row ``order[k]`` of the weight. Both are index factors (int32, length of
-    ``o``); 'at' suits an output axis and 'by' an input axis, where each is one gather of the activation.
+    """``o i = piece``, or a sum ``o i = piece + piece``, of products of factors; see :class:`Pivot` for factors that
+    are stored without their identity block.
     """
 
     output: Term
     pieces: tuple[Piece, ...]
-    join: str = ""
-    parts: tuple[str, ...] = ()
-    index: str = ""
-    at: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Rebuild:
-        """Read the text form above. Raises ValueError where it is not well-formed."""
+        """Read ``"o i = pivot(coef, place)[o r] rows[r i]"``. Raises ValueError where it is not well-formed."""
         left, _, right = text.partition("=")
-        body, _, tail = right.partition(" over ")
-        join, parts, index, at = "", (), "", False
-        if tail:
-            match = re.fullmatch(r"\s*(\w+)\s*=\s*([\w ]+?)\s+(at|by)\s+(\w+)\s*", tail)
-            if match is None:
-                raise ValueError(f"write 'over o = p q at place'; got 'over {tail}'")
-            join, parts, at, index = match[1], tuple(match[2].split()), match[3] == "at", match[4]
-        texts = body.split("|") if join else body.split("+")
-        if join and len(texts) != len(parts):
-            raise ValueError(f"{len(texts)} pieces but {len(parts)} parts in {text!r}")
         output = Term.parse(left)
         pieces = []
-        for k, piece in enumerate(texts):
+        for piece in right.split("+"):
             found = _FACTOR.findall(piece)
             if not found or _FACTOR.sub("", piece).strip():
                 raise ValueError(f"cannot read the factors {piece.strip()!r}: write 'name[axes] name[axes]'")
-            out = str(output) if not join else " ".join(parts[k] if a == join else a for a in output.axes)
-            equation = Equation.parse(f"{', '.join(term for _, term in found)} -> {out}")
-            pieces.append(Piece(tuple(name for name, _ in found), equation))
-        return cls(output, tuple(pieces), join, parts, index, at)
+            equation = Equation.parse(f"{', '.join(term for *_, term in found)} -> {output}")
+            pivots = tuple(
+                _pivot(coef, index, term, output) if coef else None
+                for (coef, index, *_), term in zip(found, equation.inputs, strict=True)
+            )
+            pieces.append(Piece(tuple(coef or name for coef, _, name, _ in found), equation, pivots))
+        return cls(output, tuple(pieces))
 
     @cached_property
     def factors(self) -> Mapping[str, Term]:
@@ -81,17 +88,33 @@ class Rebuild:
                     raise ValueError(f"factor {name!r} has two different terms in '{self}'")
         return terms
 
+    @cached_property
+    def pivots(self) -> Mapping[str, Pivot]:
+        """The factors that are stored without their identity block, by name."""
+        return {pivot.coef: pivot for piece in self.pieces for pivot in piece.pivots if pivot is not None}
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """Names of the index factors."""
+        return tuple(pivot.index for pivot in self.pivots.values())
+
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all factors; the index factor, if there is one, comes last."""
-        return (*self.factors, self.index) if self.index else tuple(self.factors)
+        """Names of all factors; index factors come last."""
+        return (*self.factors, *self.indices)
 
     def __str__(self) -> str:
-        body = (" | " if self.join else " + ").join(map(str, self.pieces))
-        tail = (
-            f" over {self.join} = {' '.join(self.parts)} {'at' if self.at else 'by'} {self.index}" if self.join else ""
-        )
-        return f"{self.output} = {body}{tail}"
+        return f"{self.output} = {' + '.join(map(str, self.pieces))}"
+
+
+def _pivot(coef: str, index: str, term: Term, output: Term) -> Pivot:
+    axes = [group[-1] for group in term.groups]
+    inner = [axis for axis in axes if axis not in output.axes]
+    if len(term.groups) != 2 or len(inner) != 1:
+        raise ValueError(f"a pivoted factor has one axis of the weight and one rank; got {term}")
+    rank = inner[0]
+    split = next(axis for axis in axes if axis != rank)
+    return Pivot(coef, index, split, rank, leading=axes[1] == rank)
 
 
 @dataclass(frozen=True)
@@ -109,8 +132,9 @@ class Layout:
             raise ValueError(f"no size given for {sorted(missing)} in '{self.rebuild}'")
         if any(size < 0 for size in axes.values()):
             raise ValueError(f"negative size in {axes}")
-        if self.rebuild.join and axes[self.rebuild.join] != sum(axes[part] for part in self.rebuild.parts):
-            raise ValueError(f"parts of {self.rebuild.join} do not add up in {axes}")
+        for pivot in self.rebuild.pivots.values():
+            if axes[pivot.split] < axes[pivot.rank]:
+                raise ValueError(f"{pivot.rank} is larger than {pivot.split}, of which it is a part, in {axes}")
 
     @property
     def axes(self) -> dict[str, int]:
@@ -118,18 +142,22 @@ class Layout:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Shape of every factor by name, the index factor included."""
+        """Shape of every factor by name, index factors included."""
         axes = self.axes
-        shapes = {name: term.shape(axes) for name, term in self.rebuild.factors.items()}
-        if self.rebuild.index:
-            shapes[self.rebuild.index] = (axes[self.rebuild.join],)
+        shapes = {}
+        for name, term in self.rebuild.factors.items():
+            pivot = self.rebuild.pivots.get(name)
+            shapes[name] = term.shape({**axes, pivot.split: axes[pivot.split] - axes[pivot.rank]} if pivot else axes)
+        for name, pivot in self.rebuild.pivots.items():
+            whole = next(g for g in self.rebuild.factors[name].groups if pivot.split in g or pivot.rank in g)
+            shapes[pivot.index] = (axes[pivot.split] * math.prod(axes[a] for a in whole[:-1]),)
         return shapes
 
     @property
     def params(self) -> int:
-        """Real numbers stored, the index factor not counted."""
-        axes = self.axes
-        return sum(math.prod(term.shape(axes)) for term in self.rebuild.factors.values())
+        """Real numbers stored, index factors not counted."""
+        shapes = self.shapes
+        return sum(math.prod(shapes[name]) for name in self.rebuild.factors)
 
     def __str__(self) -> str:
         return f"{self.rebuild} with {' '.join(f'{axis}={size}' for axis, size in self.sizes)}"

@@ -27,14 +27,18 @@ _ROW = frozenset("name decomposition variant ranks folded error sensitivity cost
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """``params`` real numbers stored, ``bytes`` stored (indices included), ``macs`` multiply-adds per example."""
+    """``params`` real numbers stored, ``bytes`` stored (indices included), ``macs`` multiply-adds per example, ``peak``
+    bytes of activations that live at the same time (of several sites the most of any, since they run in turn).
+    """
 
     params: int
     bytes: int
     macs: float
+    peak: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.bytes + other.bytes, self.macs + other.macs)
+        peak = max(self.peak, other.peak)
+        return Cost(self.params + other.params, self.bytes + other.bytes, self.macs + other.macs, peak)
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def _remark_out(remark: Remark) -> dict[str, str]:
 
 
 def _cost_out(cost: Cost) -> dict[str, float]:
-    return {"params": cost.params, "bytes": cost.bytes, "macs": cost.macs}
+    return {"params": cost.params, "bytes": cost.bytes, "macs": cost.macs, "peak": cost.peak}
 
 
 def _candidate_out(candidate: Candidate) -> dict[str, Any]:
@@ -197,7 +201,9 @@ def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
 
 
 def _cost_in(row: Mapping[str, Any] | None) -> Cost:
-    return Cost(_whole(row["params"]), _whole(row["bytes"]), _finite(row["macs"])) if row else Cost(0, 0, 0)
+    if not row:
+        return Cost(0, 0, 0)
+    return Cost(_whole(row["params"]), _whole(row["bytes"]), _finite(row["macs"]), _whole(row.get("peak", 0)))
 
 
 def _whole(value: object) -> int:

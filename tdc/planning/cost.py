@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from ..ir import Block, Cost, Layout, Site
 from ..ir.layout import INDEX_BYTES
@@ -12,15 +13,25 @@ __all__ = ["ITEMSIZE", "block_cost", "dense_cost"]
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def dense_cost(site: Site, rows: float) -> Cost:
-    """Cost of the dense site; ``rows`` activation rows pass through it per example, all uses together."""
-    return Cost(site.params, site.params * ITEMSIZE[site.dtype], site.params * rows)
-
-
-def block_cost(site: Site, layout: Layout, block: Block, rows: float) -> Cost:
-    """Cost of ``block``: what its factors store (index factors are bytes, not parameters), multiply-adds of its
-    steps.
+def dense_cost(site: Site, rows: float, ratios: Mapping[str, float] | None = None) -> Cost:
+    """Cost of the dense site; ``rows`` activation rows or output positions pass through it per example, all uses
+    together, with ``ratios`` entries of the input per position along each window axis.
     """
+    groups, outputs, width = site.matrix
+    inputs = site.axes["i"] * groups * math.prod((ratios or {}).values())
+    live = (inputs + groups * outputs) * rows * ITEMSIZE[site.dtype]
+    return Cost(site.params, site.params * ITEMSIZE[site.dtype], groups * outputs * width * rows, round(live))
+
+
+def block_cost(
+    site: Site, layout: Layout, block: Block, rows: float, ratios: Mapping[str, float] | None = None
+) -> Cost:
+    """Cost of ``block``: what its factors store (index factors are bytes, not parameters), multiply-adds of its
+    steps, and the most bytes of activations that live at a time while it runs.
+    """
+    known = ratios or {}
     real = sum(math.prod(shape) for name, shape in block.factors if name in layout.rebuild.factors)
-    index = sum(math.prod(shape) for name, shape in block.factors if name == layout.rebuild.index)
-    return Cost(real, real * ITEMSIZE[site.dtype] + index * INDEX_BYTES, block.macs * rows)
+    index = sum(math.prod(shape) for name, shape in block.factors if name in layout.rebuild.indices)
+    size = ITEMSIZE[site.dtype]
+    live = block.peak_at(known) * rows * size
+    return Cost(real, real * size + index * INDEX_BYTES, block.macs_at(known) * rows, round(live))

@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from itertools import permutations
+from math import prod
 from typing import Any
 
 import opt_einsum
 from opt_einsum.paths import PathOptimizer
 
-from ..ir import Equation, Layout, OpKind, Path, Step
+from ..ir import Equation, Layout, OpKind, Path, Piece, Step, Window
 from ..ir.equation import Term
 
 __all__ = ["ActivationFirst", "contraction_paths"]
+
+
+_OUTER = 1e30
+"""Cost of a step whose factor has no inner axis in common with the activation: an outer product, which no operator runs
+well, and convolutions cannot."""
 
 
 class ActivationFirst(PathOptimizer):
     """Orders in which operand 0, the activation, takes part in every contraction; the one of fewest multiply-adds.
 
     A step between two factors would have only constant inputs: a constant folder downstream would run it once and put
-    the dense weight back. Among at most four factors all orders are tried.
+    the dense weight back. Among at most four factors all orders are tried; one without outer products is taken where
+    there is one.
+
+    ``strides``: the window axes of a convolution with their strides. Such an axis lies on the activation's sliding
+    view; it is charged in the step whose factor carries it, by its number of taps, and in no other one. Until then the
+    steps run at every entry of the input along it: stride times as many as there are positions.
     """
+
+    def __init__(self, strides: Mapping[str, int] | None = None) -> None:
+        super().__init__()
+        self.strides = dict(strides or {})
 
     def __call__(
         self, inputs: list[frozenset[str]], output: frozenset[str], size_dict: dict[str, int], memory_limit: Any = None
     ) -> list[tuple[int, ...]]:
-        best: tuple[float, tuple[int, ...]] | None = None
-        for order in permutations(range(1, len(inputs))):
-            cost, activation, left = 0.0, inputs[0], list(order)
-            while left:
-                factor = inputs[left.pop(0)]
-                step = 1.0
-                for axis in activation | factor:
-                    step *= size_dict[axis]
-                cost += step
-                later = frozenset().union(output, *(inputs[k] for k in left))
-                activation = (activation | factor) & later
-            if best is None or cost < best[0]:
-                best = (cost, order)
-        assert best is not None
-        return _linear(best[1])
+        orders = list(permutations(range(1, len(inputs))))
+        costs = [self._cost([inputs[k] for k in order], inputs[0], output, size_dict) for order in orders]
+        return _linear(orders[costs.index(min(costs))])
+
+    def _cost(
+        self, factors: list[frozenset[str]], activation: frozenset[str], output: frozenset[str], sizes: dict[str, int]
+    ) -> float:
+        cost = 0.0
+        for k, factor in enumerate(factors):
+            waiting = (activation & set(self.strides)) - factor
+            later = frozenset().union(output, *factors[k + 1 :])
+            if not (activation & factor) - output - set(self.strides):
+                cost += _OUTER
+            cost += prod(sizes[axis] for axis in (activation | factor) - waiting) * prod(
+                self.strides[axis] for axis in waiting & later
+            )
+            activation = (activation | factor) & later
+        return cost
 
 
 def _linear(order: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -56,23 +76,40 @@ def _linear(order: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 @lru_cache(maxsize=4096)
-def contraction_paths(kind: OpKind, layout: Layout) -> tuple[Path, ...]:
-    """One path for every piece of the layout, for one activation row."""
-    return tuple(_piece_path(kind.dense, layout, k) for k in range(len(layout.rebuild.pieces)))
+def contraction_paths(kind: OpKind, layout: Layout, windows: tuple[Window, ...] = ()) -> tuple[Path, ...]:
+    """One path for every piece of the layout, for one activation row or output position.
+
+    ``windows`` (of the site) go to the steps whose factors carry them; one that no factor carries goes to the first
+    step. Raises ValueError where two factors of a piece carry the same window axis.
+    """
+    return tuple(_piece_path(kind, layout, piece, windows) for piece in layout.rebuild.pieces)
 
 
-def _piece_path(dense: Equation, layout: Layout, k: int) -> Path:
-    rebuild, piece = layout.rebuild, layout.rebuild.pieces[k]
-    if rebuild.join:
-        dense = Equation.parse(_rename(str(dense), rebuild.join, rebuild.parts[k]))
-    whole = dense.substitute(1, piece.equation)
+def _piece_path(kind: OpKind, layout: Layout, piece: Piece, windows: tuple[Window, ...]) -> Path:
+    whole = kind.dense.substitute(1, piece.equation)
+    for window in windows:
+        if sum(window.axis in term.axes for term in whole.inputs[1:]) > 1:
+            raise ValueError(f"two factors of '{piece}' slide over the window axis {window.axis}")
     sizes = {axis: layout.axes.get(axis, 1) for axis in whole.axes}
     code = {axis: opt_einsum.get_symbol(n) for n, axis in enumerate(whole.axes)}
     text = ",".join("".join(code[a] for a in term.axes) for term in whole.inputs)
     text += "->" + "".join(code[a] for a in whole.output.axes)
     shapes = [tuple(sizes[a] for a in term.axes) for term in whole.inputs]
-    path, _ = opt_einsum.contract_path(text, *shapes, shapes=True, optimize=ActivationFirst())
-    return _steps(whole, piece.operands, path)
+    search = ActivationFirst({code[window.axis]: window.stride for window in windows})
+    path, _ = opt_einsum.contract_path(text, *shapes, shapes=True, optimize=search)
+    return _slid(_steps(whole, piece.operands, path), windows)
+
+
+def _slid(path: Path, windows: tuple[Window, ...]) -> Path:
+    """The steps with their windows."""
+    carriers = {
+        window.axis: next((k for k, step in enumerate(path) if window.axis in step.equation.inputs[1].axes), 0)
+        for window in windows
+    }
+    return tuple(
+        replace(step, windows=tuple(w if carriers[w.axis] == k else Window(w.axis) for w in windows))
+        for k, step in enumerate(path)
+    )
 
 
 def _steps(whole: Equation, names: tuple[str, ...], path: list[tuple[int, ...]]) -> Path:
@@ -92,9 +129,3 @@ def _steps(whole: Equation, names: tuple[str, ...], path: list[tuple[int, ...]])
         steps.append(Step(factor, Equation((activation, factor_term), result)))
         operands.append(("", result))
     return tuple(steps)
-
-
-def _rename(text: str, old: str, new: str) -> str:
-    import re
-
-    return re.sub(rf"\b{old}\b", new, text)

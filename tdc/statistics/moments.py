@@ -3,89 +3,148 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..ir import Site
+from .patches import input_rows, window_lengths
 
-__all__ = ["Collector", "Moments"]
+__all__ = ["WIDEST", "Collector", "Moments"]
+
+WIDEST = 5120
+"""Inputs per position (n) of a convolution above which the moment of its outputs is gathered instead: a float32
+matrix of 5120 has 105 MB."""
+_DOUBLE = 2048
+"""Width up to which sums are kept in float64; above it in float32, to bound the memory."""
 
 
 @dataclass
 class Moments:
-    """Running sums over activation rows x (i): ``total = sum x x^T`` and ``sum = sum x``, float64."""
+    """Running sums over input rows x (g, n): ``total = sum x x^T`` (g, n, n) and ``sum = sum x`` (g, n).
+
+    With ``weight`` (g, o, n), ``total = sum y y^T`` (g, o, o) over ``y = W x`` instead. ``seen`` counts all rows of the
+    activations, ``rows`` those that were added: some are left out of large convolutions, and those with NaN or infinity
+    are (``dropped``).
+    """
 
     total: Tensor
     sum: Tensor
+    weight: Tensor | None = None
     rows: int = 0
+    seen: int = 0
     dropped: int = 0
 
     @classmethod
-    def zeros(cls, width: int) -> Moments:
-        return cls(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
+    def zeros(cls, groups: int, width: int, weight: Tensor | None = None) -> Moments:
+        side = width if weight is None else weight.shape[1]
+        dtype = torch.float64 if side <= _DOUBLE else torch.float32
+        sums = torch.zeros(groups, width, dtype=torch.float64)
+        return cls(torch.zeros(groups, side, side, dtype=dtype), sums, weight)
 
-    def add(self, activation: Tensor) -> None:
-        """Add all rows of (..., i). Products run in float32 (float64 for float64 input) and add up in float64.
+    def add(self, rows: Tensor) -> None:
+        """Add rows (m, g, n). Products run in float32 (float64 for float64 input) and add up in the dtype of the sum.
 
         Rows with NaN or infinity are left out and counted in ``dropped``.
         """
-        rows = activation.detach().reshape(-1, activation.shape[-1])
-        rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        finite = torch.isfinite(rows).all(1)
+        rows = rows.detach().to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        finite = torch.isfinite(rows).flatten(1).all(1)
         if not bool(finite.all()):
             self.dropped += int((~finite).sum())
             rows = rows[finite]
-        self.total += (rows.T @ rows).to("cpu", torch.float64)
+        grouped = rows.movedim(1, 0)
         self.sum += rows.sum(0, dtype=torch.float64).cpu()
         self.rows += rows.shape[0]
+        if self.weight is not None:
+            grouped = grouped @ self.weight.to(grouped).mT
+        self.total += (grouped.mT @ grouped).to("cpu", self.total.dtype)
 
     def merge(self, other: Moments) -> None:
         """Add what another one has seen."""
         self.total += other.total
         self.sum += other.sum
         self.rows += other.rows
+        self.seen += other.seen
         self.dropped += other.dropped
 
     def clone(self) -> Moments:
-        return Moments(self.total.clone(), self.sum.clone(), self.rows, self.dropped)
+        return Moments(self.total.clone(), self.sum.clone(), self.weight, self.rows, self.seen, self.dropped)
 
 
 @dataclass
 class Collector:
     """Gathers :class:`Moments` for sites; sites that have always read the very same activations share one.
 
+    Convolutions share one only if their windows and groups agree too. A convolution of more than ``WIDEST`` inputs per
+    position gets the moment of its outputs, by ``weight(site)``.
+
     Within a batch every distinct activation (tensor object, unless it was written to in between) is multiplied once.
-    Memory: two (i, i) float64 matrices per distinct activation of a batch; those that a layer reads in a loop, and
-    that are gone, share one.
+    Memory: two (g, n, n) matrices per distinct activation of a batch, float64 up to n = 2048, float32 above; those that
+    a layer reads in a loop, and that are gone, share one.
     """
 
+    weight: Callable[[Site], Tensor] | None = None
     moments: list[Moments] = field(default_factory=list)
     group: dict[int, int] = field(default_factory=dict)
     """``site.order`` -> place in ``moments``."""
+    lengths: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """``site.order`` -> window axis -> (entries of the input, positions), summed over all uses."""
+    _count: int = 0
     _batch: dict[int, Moments] = field(default_factory=dict)
-    _known: dict[int, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
+    _known: dict[int, tuple[weakref.ref[Tensor], int, object]] = field(default_factory=dict)
     _reads: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def tap(self, site: Site, activation: Tensor) -> None:
-        """Take in one use's activation (..., i)."""
+        """Take in one use's activation: (..., i), or (examples, channels, window axes...)."""
         version = -1 if activation.is_inference() else activation._version
-        place = next((k for k, (ref, v) in self._known.items() if ref() is activation and v == version), None)
+        form = self._form(site)
+        known = self._known.items()
+        place = next((k for k, (ref, v, f) in known if ref() is activation and v == version and f == form), None)
         if place is None:
             if site.order in self._reads:
                 self._join_gone()
             place = max(self._batch, default=-1) + 1
-            fresh = Moments.zeros(activation.shape[-1])
-            fresh.add(activation)
-            self._batch[place] = fresh
-            self._known[place] = (weakref.ref(activation), version)
+            self._batch[place] = self._sums(site, activation)
+            self._known[place] = (weakref.ref(activation), version, form)
         self._reads[site.order] = (*self._reads.get(site.order, ()), place)
+        for axis, length, positions in window_lengths(site, activation):
+            before = self.lengths.setdefault(site.order, {}).get(axis, (0, 0))
+            self.lengths[site.order][axis] = (before[0] + length, before[1] + positions)
+
+    def is_wide(self, site: Site) -> bool:
+        """Whether the moment of the site's outputs is gathered in place of that of its inputs."""
+        return site.kind.is_conv and site.matrix[2] > WIDEST and self.weight is not None
+
+    def _form(self, site: Site) -> object:
+        """Sites of one form turn the same activation into the same rows."""
+        if not site.kind.is_conv:
+            return ""
+        return (site.windows, site.matrix[0], site.matrix[2], site.order if self.is_wide(site) else -1)
+
+    def _sums(self, site: Site, activation: Tensor) -> Moments:
+        groups, outputs, width = site.matrix
+        weight = None
+        if self.is_wide(site):
+            assert self.weight is not None
+            weight = self.weight(site).reshape(groups, outputs, width)
+        sums = Moments.zeros(groups, width, weight)
+        self._count += 1
+        for rows in input_rows(site, activation, self._count):
+            sums.add(rows)
+        lengths = window_lengths(site, activation)
+        positions = 1
+        for _, _, count in lengths:
+            positions *= count
+        batched = activation.ndim == len(lengths) + 2
+        sums.seen = positions * (activation.shape[0] if batched else 1) if lengths else sums.rows + sums.dropped
+        return sums
 
     def _join_gone(self) -> None:
         """One sum for all activations of this batch that are gone and were read by the same sites."""
         kept: dict[tuple[tuple[int, int], ...], int] = {}
-        for place in [k for k, (ref, _) in self._known.items() if ref() is None]:
+        for place in [k for k, (ref, *_) in self._known.items() if ref() is None]:
             readers = tuple((key, reads.count(place)) for key, reads in self._reads.items() if place in reads)
             first = kept.setdefault(readers, place)
             if first != place:
@@ -112,5 +171,7 @@ class Collector:
         if old >= 0 and old not in claimed and len({self._reads.get(key) for key in sharers}) == 1:
             claimed.add(old)
             return old
-        self.moments.append(self.moments[old].clone() if old >= 0 else Moments.zeros(like.total.shape[0]))
+        self.moments.append(
+            self.moments[old].clone() if old >= 0 else Moments.zeros(like.sum.shape[0], like.sum.shape[1], like.weight)
+        )
         return len(self.moments) - 1

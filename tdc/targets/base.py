@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
 
-from ..ir import Block, Decline, Layout, Op, Path
+from ..ir import Block, Decline, Layout, Op, OpKind, Path, Pivot, Step
 from ..ir.verify import verify_block
 
 __all__ = ["Target", "straight_line"]
@@ -20,83 +20,80 @@ class Target:
     rank_multiple: ClassVar[int] = 8
     """Ranks are proposed as multiples of this (small weights excepted)."""
 
-    def rank_step(self, axes: Mapping[str, int]) -> int:
-        """Lattice step for a weight: ``rank_multiple``, or 1 where the smaller side is below eight steps."""
-        return self.rank_multiple if min(axes.values()) >= 8 * self.rank_multiple else 1
+    def rank_step(self, full: int) -> int:
+        """Lattice step for ranks up to ``full``: ``rank_multiple`` where that leaves eight steps, half of it where that
+        does, else 1.
+        """
+        return next((step for step in (self.rank_multiple, self.rank_multiple // 2) if full >= 8 * step > 0), 1)
 
-    def lower(self, layout: Layout, paths: tuple[Path, ...]) -> Block | Decline:
-        """The block that runs ``layout`` on this machine."""
-        return straight_line(layout, paths)
+    def lower(self, kind: OpKind, layout: Layout, paths: tuple[Path, ...]) -> Block | Decline:
+        """The block that runs ``layout`` in place of an operator of that kind on this machine."""
+        return straight_line(kind, layout, paths)
 
 
 @lru_cache(maxsize=4096)
-def straight_line(layout: Layout, paths: tuple[Path, ...]) -> Block:
-    """Lower every piece to a chain of matmuls, share what is equal, and join the pieces.
+def straight_line(kind: OpKind, layout: Layout, paths: tuple[Path, ...]) -> Block:
+    """Lower every piece to a chain of products, share what is equal, and sum the pieces.
 
-    Pieces that stand side by side along an output axis are concatenated and gathered once. Pieces along an input axis
-    each take their entries of the activation, and their results are summed; where two chains end in the same factor,
-    the sum moves before it, so that the factor is applied once.
+    A factor that is stored without its identity block (see :class:`tdc.ir.Pivot`) is one gather: at an input, the
+    entries of the identity pass by the product and are added to it; at an output, they stand beside it.
     """
-    rebuild, axes = layout.rebuild, layout.axes
-    builder = _Builder()
-    split_input = bool(rebuild.join) and any(rebuild.parts[0] in p[0].equation.inputs[0].axes for p in paths)
-    chains: list[tuple[str, Path]] = []
-    start = 0
-    for k, path in enumerate(paths):
-        value = "x"
-        if split_input:
-            stop = start + axes[rebuild.parts[k]]
-            empty, begin, start = stop == start, start, stop
-            if empty:
-                continue
-            value = builder.emit(Op("take", "", ("x", rebuild.index), None, begin, stop))
-        elif rebuild.join and axes[rebuild.parts[k]] == 0:
-            continue
-        chains.append((value, path))
-    if split_input or not rebuild.join:
-        output = _sum_chains(builder, chains)
-    else:
-        ends = tuple(builder.chain(value, path) for value, path in chains)
-        whole = ends[0] if len(ends) == 1 else builder.emit(Op("concat", "", ends))
-        output = builder.emit(Op("take", "", (whole, rebuild.index), None, 0, axes[rebuild.join]))
+    builder = _Builder(kind, layout)
+    ends = [builder.chain("x", path) for path in paths]
+    output = ends[0]
+    for end in ends[1:]:
+        output = builder.emit(Op("add", "", (output, end)))
     used = {name for op in builder.ops for name in op.inputs}
     factors = tuple((name, shape) for name, shape in layout.shapes.items() if name in used)
-    sizes = tuple((axis, size) for axis, size in layout.sizes)
-    block = Block(factors, tuple(builder.ops), output, sizes)
+    block = Block(factors, tuple(builder.ops), output, layout.sizes, kind=kind)
     verify_block(block)
     return block
-
-
-def _sum_chains(builder: _Builder, chains: list[tuple[str, Path]]) -> str:
-    """Sum of chains; a last step that all of them share is applied once, after the sum."""
-    last = {(path[-1].factor, path[-1].equation.output) for _, path in chains}
-    if len(chains) > 1 and len(last) == 1:
-        heads = [builder.chain(value, path[:-1]) for value, path in chains]
-        total = heads[0]
-        for head in heads[1:]:
-            total = builder.emit(Op("add", "", (total, head)))
-        return builder.chain(total, chains[0][1][-1:])
-    total = builder.chain(*chains[0])
-    for value, path in chains[1:]:
-        total = builder.emit(Op("add", "", (total, builder.chain(value, path))))
-    return total
 
 
 class _Builder:
     """Ops by value numbering: an op that was already emitted gives the value that it gave then."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: OpKind, layout: Layout) -> None:
+        self.kind, self.layout = kind, layout
         self.ops: list[Op] = []
-        self._known: dict[object, str] = {}
+        self._known: dict[Op, str] = {}
 
     def emit(self, op: Op) -> str:
-        key = (op.kind, op.inputs, op.equation and str(op.equation), op.start, op.stop)
-        if key not in self._known:
-            self._known[key] = f"t{len(self.ops)}"
-            self.ops.append(Op(op.kind, self._known[key], op.inputs, op.equation, op.start, op.stop))
-        return self._known[key]
+        if op not in self._known:
+            self._known[op] = f"t{len(self.ops)}"
+            self.ops.append(replace(op, output=self._known[op]))
+        return self._known[op]
 
     def chain(self, value: str, path: Path) -> str:
         for step in path:
-            value = self.emit(Op("matmul", "", (value, step.factor), step.equation))
+            pivot = self.layout.rebuild.pivots.get(step.factor)
+            if pivot is None:
+                value = self.product(value, step)
+            else:
+                value = (
+                    self.pivoted_output(value, step, pivot) if pivot.leading else self.pivoted_input(value, step, pivot)
+                )
         return value
+
+    def product(self, value: str, step: Step) -> str:
+        kind = "conv" if self.kind.is_conv else "matmul"
+        return self.emit(Op(kind, "", (value, step.factor), step.equation, windows=step.windows))
+
+    def pivoted_input(self, value: str, step: Step, pivot: Pivot) -> str:
+        whole, kept = self._entries(pivot)
+        value_kept = self.emit(Op("take", "", (value, pivot.index), None, 0, kept))
+        if kept == whole:
+            return value_kept
+        rest = self.emit(Op("take", "", (value, pivot.index), None, kept, whole))
+        return self.emit(Op("add", "", (value_kept, self.product(rest, step))))
+
+    def pivoted_output(self, value: str, step: Step, pivot: Pivot) -> str:
+        whole, kept = self._entries(pivot)
+        if kept < whole:
+            value = self.emit(Op("concat", "", (value, self.product(value, step))))
+        return self.emit(Op("take", "", (value, pivot.index), None, 0, whole))
+
+    def _entries(self, pivot: Pivot) -> tuple[int, int]:
+        """Entries of the split axis and of its identity block, all groups together."""
+        axes, (whole,) = self.layout.axes, self.layout.shapes[pivot.index]
+        return whole, whole // axes[pivot.split] * axes[pivot.rank] if whole else 0

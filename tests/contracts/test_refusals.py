@@ -99,7 +99,7 @@ def test_what_is_no_module_is_refused() -> None:
 
 
 def test_a_model_without_a_site_is_refused_with_the_reasons() -> None:
-    model = nn.Sequential(nn.Conv1d(4, 4, 3))
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3))
     text = refused(
         ModelError, "no site that can be decomposed", model, example_inputs=torch.zeros(1, 4, 9), budget="params=0.5"
     )

@@ -1,4 +1,4 @@
-"""What the exported graph of a module tells about its weights: order, uses, and pointwise consumers."""
+"""What the exported graph of a module tells about its weights: order, uses, and what reads their outputs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...ir import Decline
+from .fold import Norm
+from .layers import NORMS, memory_format
 
 __all__ = ["Capture", "Use", "capture", "floating_outputs"]
 
@@ -26,27 +28,89 @@ class Use:
     linear: bool
     node: fx.Node = field(repr=False, compare=False)
 
+    @property
+    def is_linear(self) -> bool:
+        return _operator(self.node) == "linear"
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths of the input and of the output along the window axes of a convolution."""
+        before, after = self.node.args[0].meta["val"], self.node.meta["val"]  # type: ignore[union-attr]
+        axes = self.node.args[1].meta["val"].ndim - 2  # type: ignore[union-attr]
+        return tuple(map(int, before.shape[-axes:])), tuple(map(int, after.shape[-axes:]))
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the activation lies channels-last on the example."""
+        value = self.node.args[0].meta.get("val")  # type: ignore[union-attr]
+        return isinstance(value, Tensor) and memory_format(value) is not None
+
 
 @dataclass(frozen=True)
 class Capture:
     """Uses of every parameter by its qualified name, from ``torch.export``."""
 
     uses: Mapping[str, tuple[Use, ...]]
+    parameters: Mapping[fx.Node, str] = field(default_factory=dict)
+    """Qualified names of the parameters that are nodes of the graph."""
 
-    def pointwise_consumer(self, use: Use) -> int | None:
-        """Position of the one linear operator that reads this one's output through elementwise functions only."""
-        inside, frontier, readers = {use.node}, [use.node], set()
+    def gain_before(self, use: Use) -> str | None:
+        """Name of the vector that the input of a linear operator has just been multiplied with, by a normalisation or
+        by itself.
+        """
+        node = use.node.args[0]
+        while isinstance(node, fx.Node) and _operator(node) in _HAND_ON:
+            node = node.args[0]
+        if not isinstance(node, fx.Node):
+            return None
+        name, width = _operator(node), use.node.args[_SLOTS["linear"][1]].meta["val"].shape[-1]  # type: ignore
+        if name in ("layer_norm", "rms_norm"):
+            operands: tuple[Any, ...] = node.args[2:3]
+        else:
+            operands = node.args[:2] if name == "mul" else ()
+        vectors = [a for a in operands if isinstance(a, fx.Node) and a in self.parameters]
+        fitting = [a for a in vectors if tuple(a.meta["val"].shape) == (width,)]
+        return self.parameters[fitting[0]] if len(fitting) == 1 else None
+
+    def norm_behind(self, use: Use, model: nn.Module) -> Norm | None:
+        """The batch normalisation in evaluation mode that reads this output, alone, and is called nowhere else."""
+        users = list(use.node.users)
+        if len(users) != 1 or _operator(users[0]) not in _NORMS or users[0].args[0] is not use.node:
+            return None
+        path, node = _module_of(users[0]), users[0]
+        module = model.get_submodule(path)
+        calls = [n for n in node.graph.nodes if _operator(n) in _NORMS and _module_of(n) == path]
+        if not isinstance(module, NORMS) or module.running_mean is None or len(calls) != 1:
+            return None
+        if module._forward_hooks or module._forward_pre_hooks or _channel_axis(use.node) != 1:
+            return None
+        paths = tuple(name for name, m in model.named_modules(remove_duplicate=False) if m is module)
+        if _operator(node) != "batch_norm":  # the functional form gives a tuple
+            node = next((user for user in node.users if user.args[1:] == (0,)), node)
+        return Norm(module, paths, node)
+
+    def pointwise_consumer(self, use: Use, norm: Norm | None = None) -> int | None:
+        """Position of the one linear operator that reads this one's output through functions only that work on each of
+        its outputs (of a convolution: on each channel) by itself.
+
+        The output is that of the normalisation where one is folded.
+        """
+        source = use.node if norm is None else norm.output
+        inside, frontier, readers = {source}, [source], set()
+        conv = _operator(use.node) in _CONVOLUTIONS
+        if conv and _groups(use.node) != 1:
+            return None
         while frontier:
             node = frontier.pop()
             for user in node.users:
-                if _is_linear(user, node):
+                if _reads(user, activation=node) and (_operator(user) in _CONVOLUTIONS) == conv and _groups(user) == 1:
                     readers.add(user)
-                elif not _passes(user, node):
+                elif not (_keeps_channels(user) if conv else _passes(user, node)):
                     return None
                 elif user not in inside:
                     inside.add(user)
                     frontier.append(user)
-        others = (a for node in inside - {use.node} for a in node.all_input_nodes if a not in inside)
+        others = (a for node in inside - {source} for a in node.all_input_nodes if a not in inside)
         if len(readers) != 1 or any(not _is_scalar(other) for other in others):
             return None
         reader = readers.pop()
@@ -58,19 +122,56 @@ _POINTWISE = frozenset(
     add mul sub div neg pow abs relu relu6 gelu silu tanh sigmoid log_sigmoid elu selu celu mish erf exp expm1 log log1p
     logit sqrt square rsqrt reciprocal sign floor ceil hardtanh hardswish hardsigmoid leaky_relu softplus softsign
     threshold clamp clamp_min clamp_max minimum maximum where gt lt ge le dropout clone contiguous to _to_copy
+    relu_ relu6_ silu_ hardtanh_ hardswish_ hardsigmoid_ leaky_relu_ elu_ selu_ celu_ mish_ clamp_ clamp_min_ add_ mul_
     """.split()
 )
+_BY_CHANNEL = frozenset(
+    """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d dropout2d
+    feature_dropout
+    """.split()
+)
+_HAND_ON = frozenset(["to", "_to_copy", "dropout", "clone", "contiguous", "view", "reshape", "detach"])
 _RESHAPES = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten"])
+_NORMS = frozenset(["batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"])
+_CONVOLUTIONS = frozenset(["conv1d", "conv2d", "conv3d", "convolution"])
+_SLOTS = {"linear": (0, 1), "addmm": (1, 2), **dict.fromkeys(_CONVOLUTIONS, (0, 1))}
+"""Operator -> places of the activation and of the weight among its arguments."""
+
+
+def _operator(node: fx.Node) -> str:
+    """``aten.conv2d.padding -> conv2d``; '' for what is no operator of torch."""
+    return str(node.target).partition("aten.")[2].partition(".")[0] if node.op == "call_function" else ""
+
+
+def _keeps_channels(node: fx.Node) -> bool:
+    """An elementwise operator, or one that works on each channel by itself."""
+    return _operator(node) in _POINTWISE or _operator(node) in _BY_CHANNEL
+
+
+def _groups(node: fx.Node) -> int:
+    """Groups of a convolution; 1 for a linear operator."""
+    place = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "convolution": 8}.get(_operator(node))
+    if place is None:
+        return 1
+    return int(node.args[place]) if len(node.args) > place else int(node.kwargs.get("groups", 1))  # type: ignore
+
+
+def _channel_axis(node: fx.Node) -> int:
+    """Axis of the outputs of a linear operator or convolution, counted from the front."""
+    value = node.meta.get("val")
+    rank = value.ndim if isinstance(value, Tensor) else 0
+    return 1 if _operator(node) in _CONVOLUTIONS and rank > 2 else rank - 1
 
 
 def _passes(node: fx.Node, source: fx.Node) -> bool:
     """An elementwise operator, or a reshape that leaves the last axis alone."""
-    _, _, name = str(node.target).partition("aten.")
-    name = name.partition(".")[0]
-    if name in _RESHAPES:
+    if _operator(node) in _RESHAPES:
         before, after = (n.meta.get("val") for n in (source, node))
         return isinstance(before, Tensor) and isinstance(after, Tensor) and bool(before.shape[-1:] == after.shape[-1:])
-    return name in _POINTWISE
+    return _operator(node) in _POINTWISE
 
 
 def _is_scalar(node: fx.Node) -> bool:
@@ -95,9 +196,9 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         if node.op == "placeholder" and node.name in names:
             reads = sorted(node.users, key=positions.__getitem__)
             uses[names[node.name]] = tuple(
-                Use(positions[u], str(u.target), _module_of(u), _is_linear(u, None, node), u) for u in reads
+                Use(positions[u], str(u.target), _module_of(u), _reads(u, weight=node), u) for u in reads
             )
-    return Capture(uses)
+    return Capture(uses, {n: names[n.name] for n in program.graph.nodes if n.op == "placeholder" and n.name in names})
 
 
 class _FloatingOutputs(nn.Module):
@@ -138,10 +239,10 @@ def _module_of(node: fx.Node) -> str:
     return path.removeprefix(_PREFIX)
 
 
-def _is_linear(node: fx.Node, activation: fx.Node | None = None, weight: fx.Node | None = None) -> bool:
-    """A linear operator that reads ``activation`` as its input, or ``weight`` as its weight only."""
-    slots = {"aten.linear.default": (0, 1), "aten.addmm.default": (1, 2)}.get(str(node.target))
-    if slots is None or len(node.args) <= max(slots):
+def _reads(node: fx.Node, *, activation: fx.Node | None = None, weight: fx.Node | None = None) -> bool:
+    """A linear operator or convolution that reads ``activation`` as its input, or ``weight`` as its weight only."""
+    slots = _SLOTS.get(_operator(node))
+    if slots is None or len(node.args) <= max(slots) or (_operator(node) == "convolution" and node.args[6]):
         return False
     if activation is not None:
         return node.args[slots[0]] is activation

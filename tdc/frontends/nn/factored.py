@@ -1,71 +1,47 @@
-"""The module that takes the place of a linear layer."""
+"""The modules that take the place of linear and convolution layers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...ir import Block, Op
+from ...ir import Block, Op, Window, conv_shape
+from .layers import memory_format, padded, stored_weight
 
-__all__ = ["FactoredLinear", "is_linear", "linear_weight", "place", "stored_orientation"]
+__all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored", "place"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
-def is_linear(module: nn.Module) -> bool:
-    """True for ``nn.Linear`` (and subclasses with its forward) and for the transposed ``Conv1D`` of transformers."""
-    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations"):
-        return False
-    if not isinstance(module._parameters.get("weight"), Tensor):
-        return False
-    if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
-    return _is_conv1d(module)
+class Factored(nn.Module):
+    """A layer whose weight is never formed: ``block`` runs on the factors.
 
-
-def _is_conv1d(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def linear_weight(module: nn.Module, stored: Tensor) -> Tensor:
-    """The weight in canonical axes (o, i): a view of the stored one."""
-    return stored.T if _is_conv1d(module) else stored
-
-
-def stored_orientation(module: nn.Module, weight: Tensor) -> Tensor:
-    """The inverse of :func:`linear_weight`."""
-    return linear_weight(module, weight)
-
-
-class FactoredLinear(nn.Module):
-    """``y = W x + b`` with W never formed: ``block`` runs on the factors.
-
-    Input (..., i), output (..., o). The factors are parameters ``weight_<name>`` and can be trained; index factors are
-    buffers. Hooks of the replaced module are carried over. Source of the form: see the decomposition.
+    The factors are parameters ``weight_<name>`` and can be trained; index factors are buffers. Hooks of the replaced
+    module are carried over. Source of the form: see the decomposition.
     """
 
     bias: Tensor | None
 
-    def __init__(self, replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str) -> None:
+    def __init__(
+        self, replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str, bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.block = block
         self.decomposition = decomposition
-        sizes = dict(block.sizes)
-        self.in_features, self.out_features = sizes["i"], sizes["o"]
         for name, factor in factors.items():
             if isinstance(factor, nn.Parameter) or factor.is_floating_point():
                 parameter = factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor)
                 self.register_parameter(f"weight_{name}", parameter)
             else:
                 self.register_buffer(f"weight_{name}", factor)
-        self.register_parameter("bias", replaced._parameters.get("bias"))
+        self.register_parameter("bias", bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias))
         self.training = replaced.training
         for name in (*_HOOKS, *_HOOK_FLAGS):
             if name in replaced.__dict__:
@@ -80,9 +56,15 @@ class FactoredLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight that the factors stand for, in the replaced module's orientation. Formed at every access."""
+        return stored_weight(self.__dict__["_skeleton"], self._impulses())
+
+    def _impulses(self) -> Tensor:
+        """The canonical weight, as the answer of the block to unit inputs."""
+        raise NotImplementedError
+
+    def _zeros(self, *shape: int) -> Tensor:
         some = next(factor for factor in self.factors.values() if factor.is_floating_point())
-        eye = torch.eye(self.in_features, dtype=some.dtype, device=some.device)
-        return stored_orientation(self.__dict__["_skeleton"], self._run(eye, None).T)
+        return torch.zeros(shape, dtype=some.dtype, device=some.device)
 
     def reorder_bias(self, order: Tensor) -> None:
         """Put the bias in the order in which the block gives its output (a gather folded into the next layer)."""
@@ -91,16 +73,23 @@ class FactoredLinear(nn.Module):
             self.bias = nn.Parameter(reordered, requires_grad=self.bias.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._run(input, self.bias)
+        return self._run(input, self.bias, self.block.ops)
 
-    def _run(self, activation: Tensor, bias: Tensor | None) -> Tensor:
-        block = self.block
-        values = {block.input: activation}
-        for op in block.ops:
-            last = bias if op.output == block.output else None
+    def _run(self, activation: Tensor, bias: Tensor | None, ops: tuple[Op, ...]) -> Tensor:
+        values = {self.block.input: activation}
+        for op in ops:
+            last = bias if op.output == self.block.output else None
             values[op.output] = _EMIT[op.kind](self, op, values, last)
-        result = values[block.output]
-        return result if bias is None or block.ops[-1].kind == "matmul" else result + bias
+        result = values[self.block.output]
+        return result if bias is None or ops[-1].equation is not None else self._add_bias(result, bias)
+
+    def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
+        return result + bias
+
+    def _take(self, activation: Tensor, index: Tensor) -> Tensor:
+        return activation.index_select(-1, index)
+
+    _channel = -1
 
     def dense(self) -> nn.Module:
         """A module of the replaced class with the dense weight that the factors stand for."""
@@ -115,9 +104,91 @@ class FactoredLinear(nn.Module):
                 module.__dict__[name] = self.__dict__[name]
         return module
 
+    def _ranks(self) -> str:
+        weight = self.block.kind.dense.inputs[1].axes
+        return ", ".join(f"{axis}={size}" for axis, size in self.block.sizes if axis not in weight)
+
+
+class FactoredLinear(Factored):
+    """``y = W x + b`` with W as a product of factors. Input (..., i), output (..., o)."""
+
+    def __init__(
+        self, replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str, bias: Tensor | None
+    ) -> None:
+        super().__init__(replaced, block, factors, decomposition, bias)
+        sizes = dict(block.sizes)
+        self.in_features, self.out_features = sizes["i"], sizes["o"]
+
+    def _impulses(self) -> Tensor:
+        eye = self._zeros(self.in_features, self.in_features)
+        eye.fill_diagonal_(1)
+        return self._run(eye, None, self.block.ops).T
+
     def extra_repr(self) -> str:
-        ranks = ", ".join(f"{axis}={size}" for axis, size in self.block.sizes if axis not in "oi")
-        return f"{self.in_features}, {self.out_features}, {self.decomposition}, {ranks}, bias={self.bias is not None}"
+        return (
+            f"{self.in_features}, {self.out_features}, {self.decomposition}, {self._ranks()}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class FactoredConv(Factored):
+    """``y = W * x + b`` with W as a product of factors, for 1 to 3 window axes. Input (examples, g i, lengths...),
+    output (examples, g o, positions...); stride, padding, dilation and groups are those of the replaced layer, and so
+    is the memory format.
+    """
+
+    _channel = 1
+
+    def __init__(
+        self, replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str, bias: Tensor | None
+    ) -> None:
+        super().__init__(replaced, block, factors, decomposition, bias)
+        sizes = dict(block.sizes)
+        self.groups = sizes["g"]
+        self.in_channels, self.out_channels = self.groups * sizes["i"], self.groups * sizes["o"]
+
+    def forward(self, input: Tensor) -> Tensor:
+        batched = input if input.ndim == len(self.block.kind.windows) + 2 else input[None]
+        result = self._run(padded(self.__dict__["_skeleton"], batched), self.bias, self.block.ops)
+        return result if batched is input else result[0]
+
+    def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
+        return result + bias.reshape(-1, *([1] * len(self.block.kind.windows)))
+
+    def _take(self, activation: Tensor, index: Tensor) -> Tensor:
+        if memory_format(activation) is None:
+            return activation.index_select(1, index)
+        return activation.movedim(1, -1).index_select(-1, index).movedim(-1, 1)
+
+    def _impulses(self) -> Tensor:
+        sizes, kind = dict(self.block.sizes), self.block.kind
+        taps, inputs = [sizes[axis] for axis in kind.windows], sizes["i"]
+        grid = self._zeros(inputs, self.groups, inputs, *(2 * size - 1 for size in taps))
+        for channel in range(inputs):
+            centre: tuple[Any, ...] = (channel, slice(None), channel, *(size - 1 for size in taps))
+            grid[centre] = 1
+        still = tuple(replace(op, windows=tuple(Window(w.axis, w.size) for w in op.windows)) for op in self.block.ops)
+        answer = self._run(grid.flatten(1, 2), None, still)
+        return answer.flip(tuple(range(2, 2 + len(taps)))).movedim(1, 0)
+
+    def extra_repr(self) -> str:
+        windows = map(str, _slides(self.block))
+        return (
+            f"{self.in_channels}, {self.out_channels}, {self.decomposition}, {self._ranks()}, {', '.join(windows)}, "
+            f"groups={self.groups}, bias={self.bias is not None}"
+        )
+
+
+def _slides(block: Block) -> list[Window]:
+    return [window for op in block.ops for window in op.windows if not window.trivial]
+
+
+def factored(
+    replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str, bias: Tensor | None
+) -> Factored:
+    """The factored layer for that kind of block."""
+    made = FactoredConv if block.kind.is_conv else FactoredLinear
+    return made(replaced, block, factors, decomposition, bias)
 
 
 def place(model: nn.Module, swaps: Iterable[tuple[str, nn.Module]]) -> None:
@@ -139,22 +210,38 @@ def _skeleton(module: nn.Module) -> nn.Module:
     return bare
 
 
-def _matmul(module: FactoredLinear, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+def _matmul(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     activation, factor = values[op.inputs[0]], getattr(module, f"weight_{op.inputs[1]}")
     return functional.linear(activation, factor, bias)
 
 
-def _take(module: FactoredLinear, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+_CONVOLVE: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.conv2d, functional.conv3d)
+
+
+def _conv(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    activation, factor = values[op.inputs[0]], getattr(module, f"weight_{op.inputs[1]}")
+    kernel = factor.reshape(conv_shape(op, factor.shape)) if factor.ndim < activation.ndim else factor
+    pads = [window.padding(n) for window, n in zip(op.windows, activation.shape[2:], strict=True)]
+    if any(before != after for before, after in pads):
+        activation = functional.pad(activation, [size for pair in reversed(pads) for size in pair])
+        pads = [(0, 0)] * len(pads)
+    strides, dilations = [w.stride for w in op.windows], [w.dilation for w in op.windows]
+    groups = dict(module.block.sizes)["g"]
+    run = _CONVOLVE[len(pads) - 1]
+    return run(activation, kernel, bias, strides, [before for before, _ in pads], dilations, groups)
+
+
+def _take(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     index = getattr(module, f"weight_{op.inputs[1]}")
-    return values[op.inputs[0]].index_select(-1, index[op.start : op.stop])
+    return module._take(values[op.inputs[0]], index[op.start : op.stop])
 
 
-def _concat(module: FactoredLinear, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    return torch.cat([values[name] for name in op.inputs], -1)
+def _concat(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    return torch.cat([values[name] for name in op.inputs], module._channel)
 
 
-def _add(module: FactoredLinear, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+def _add(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     return values[op.inputs[0]] + values[op.inputs[1]]
 
 
-_EMIT: dict[str, Any] = {"matmul": _matmul, "take": _take, "concat": _concat, "add": _add}
+_EMIT: dict[str, Any] = {"matmul": _matmul, "conv": _conv, "take": _take, "concat": _concat, "add": _add}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ...errors import PlanError
 from ...ir import Block, Site
-from .factored import FactoredLinear, is_linear, place
+from .factored import Factored, factored, place
+from .layers import kind_of
 
 __all__ = ["restore"]
 
@@ -20,7 +21,9 @@ def restore(
     tensors: Mapping[str, Tensor],
     aliases: Mapping[str, str],
 ) -> None:
-    """Swap the named linear modules of ``model`` for factored ones and give the model the saved tensors, in place.
+    """Swap the named modules of ``model`` for factored ones and give the model the saved tensors, in place.
+
+    Normalisations that were folded into sites hand their input on.
 
     ``sites`` are found by name: (site, block, decomposition). Raises PlanError, with nothing changed, if a named
     module is missing or of another size, or the tensors do not fit; or if something of the model stays on ``meta``.
@@ -29,6 +32,7 @@ def restore(
     swaps: list[tuple[str, nn.Module]] = []
     for site, block, decomposition in sites:
         swaps += _factored(model, site, block, decomposition, tensors, aliases)
+        swaps += [(path, nn.Identity()) for path in _aliases_of(model, site.norm)] if site.norm else []
     place(model, swaps)
     try:
         answer = model.load_state_dict(dict(tensors), strict=False, assign=True)
@@ -60,7 +64,7 @@ def _factored(
     tensors: Mapping[str, Tensor],
     aliases: Mapping[str, str],
 ) -> list[tuple[str, nn.Module]]:
-    made: dict[int, FactoredLinear] = {}
+    made: dict[int, Factored] = {}
     swaps: list[tuple[str, nn.Module]] = []
     for name in site.names:
         path = name.removesuffix(".weight")
@@ -68,8 +72,9 @@ def _factored(
             module = model.get_submodule(path)
         except AttributeError:
             raise PlanError(f"the model has no module {path}, which the file holds factors for") from None
-        if not is_linear(module):
-            raise PlanError(f"{path} is a {type(module).__name__}, not the linear module that the file was made from")
+        if kind_of(module) is not site.kind:
+            name, kind = type(module).__name__, site.kind.value
+            raise PlanError(f"{path} is a {name}, not the {kind} module that the file was made from")
         if id(module) not in made:
             factors: dict[str, Tensor] = {}
             for factor, shape in block.factors:
@@ -77,9 +82,22 @@ def _factored(
                 if stored is None or tuple(stored.shape) != shape:
                     raise PlanError(f"the file holds no factor {key} of shape {list(shape)}")
                 factors[factor] = torch.empty_like(stored)
-            made[id(module)] = FactoredLinear(module, block, factors, decomposition)
+            bias = module._parameters.get("bias")
+            stored = tensors.get(key := f"{path}.bias", tensors.get(aliases.get(key, "")))
+            if bias is None and stored is not None:
+                bias = nn.Parameter(torch.empty_like(stored))
+            made[id(module)] = factored(module, block, factors, decomposition, bias)
         swaps.append((path, made[id(module)]))
     return swaps
+
+
+def _aliases_of(model: nn.Module, path: str) -> list[str]:
+    """All paths of the module at one of them. Raises PlanError if there is none."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise PlanError(f"the model has no module {path}, which was folded into the layer before it") from None
+    return [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
 def _shared(model: nn.Module, aliases: Mapping[str, str]) -> list[set[str]]:

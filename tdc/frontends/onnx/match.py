@@ -1,147 +1,27 @@
-"""Where a constant weight acts linearly: a table from operator to matcher, and the merging of tied weights.
-
-A use is ``y = x W^T`` in some spelling. The canonical weight W is (o, i) whatever the storage; the activation has its
-input axis last (``x``) or second to last (``x^T``), and so has the output.
-"""
+"""Which constants are weights of sites, and why others are not."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import replace
 
-import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
-from ...ir import Decline, OpKind, Remark, Site
+from ...ir import Decline, Remark, Site, window_attributes
 from ..program import passed_over_weight, sketch
 from .names import aliases
-from .tensors import FLOATS, array, constants, graphs, stored, to_torch
+from .operators import MATCHERS, NEGATIVE_AXES_OPSET, OLDEST_OPSET, Form, opset, sizes_of
+from .shapes import Shapes
+from .tail import padding_before, tail
+from .tensors import FLOATS, constants, graphs
+from .ties import Root, difference, tied
+from .uses import Match, Use, canonical
 
-__all__ = ["MATCHERS", "Linear", "Match", "Use", "canonical", "find_sites", "opset"]
+__all__ = ["find_sites"]
 
 STAGE = "find-sites"
-OLDEST_OPSET = 7
-"""Broadcasting is numpy's from this opset on."""
-NEGATIVE_AXES_OPSET = 11
 
 _QUANTISED = ("DequantizeLinear", "QuantizeLinear", "MatMulInteger", "ConvInteger", "QLinear", "QGemm", "MatMulNBits")
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """How one operator reads a weight: which input is the activation, and how the axes lie."""
-
-    data: int
-    stored_oi: bool
-    input_last: bool
-    output_last: bool
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Use:
-    """One operator that reads the weight ``root``, through ``chain`` (Transpose and Identity nodes).
-
-    ``flipped``: the canonical weight is the transpose of the stored one. ``rank`` of the activation where it matters.
-    """
-
-    node: ir.Node
-    linear: Linear
-    root: ir.Value
-    chain: tuple[ir.Node, ...]
-    flipped: bool
-    rank: int | None
-
-    @property
-    def activation(self) -> ir.Value:
-        value = self.node.inputs[self.linear.data]
-        assert value is not None
-        return value
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """A site with all its uses, in node order."""
-
-    site: Site
-    uses: tuple[Use, ...]
-
-    @property
-    def roots(self) -> Mapping[ir.Value, bool]:
-        """Every stored copy of the weight, and whether it is stored transposed."""
-        return {use.root: use.flipped for use in self.uses}
-
-    def weight(self) -> Tensor:
-        """The canonical weight (o, i)."""
-        return canonical(self.uses[0].root, self.uses[0].flipped)
-
-
-@dataclass(eq=False)
-class _Root:
-    """A constant with what reads it."""
-
-    value: ir.Value
-    tensor: ir.TensorProtocol
-    uses: list[Use] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
-    hashes: tuple[str, str] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.value.name or ""
-
-    def digest(self, flipped: bool) -> str:
-        """A digest of the entries in canonical order."""
-        if self.hashes is None:
-            matrix = array(self.tensor)
-            self.hashes = (_digest(matrix), _digest(matrix.T))
-        return self.hashes[flipped]
-
-
-def _digest(matrix: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{matrix.dtype.name} {matrix.shape}".encode())
-    step = max(1, (1 << 22) // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        digest.update(np.ascontiguousarray(matrix[start : start + step]).tobytes())
-    return digest.hexdigest()
-
-
-def canonical(root: ir.Value, flipped: bool) -> Tensor:
-    """The stored tensor of an initializer or Constant output as a canonical weight (o, i), contiguous."""
-    tensor = stored(root)
-    assert tensor is not None
-    matrix = to_torch(array(tensor))
-    return (matrix.T if flipped else matrix).contiguous()
-
-
-def opset(model: ir.Model) -> int:
-    """Version of the standard operators; 0 if the model imports none."""
-    versions = model.graph.opset_imports
-    return versions.get("", versions.get("ai.onnx", 0))
-
-
-def _matmul(node: ir.Node, operand: int, rank: int | None) -> Linear | Decline:
-    if operand == 1:
-        return Linear(data=0, stored_oi=False, input_last=True, output_last=True)
-    if rank is None:
-        return Decline("MatMul: the rank of the activation on its right is unknown")
-    return Linear(data=1, stored_oi=True, input_last=rank == 1, output_last=rank == 1)
-
-
-def _gemm(node: ir.Node, operand: int, rank: int | None) -> Linear | Decline:
-    trans_a, trans_b = (bool(node.attributes.get_int(key, 0)) for key in ("transA", "transB"))
-    if operand == 2:
-        return Decline("Gemm: a bias is not decomposed")
-    if operand == 1:
-        return Linear(data=0, stored_oi=trans_b, input_last=not trans_a, output_last=True)
-    return Linear(data=1, stored_oi=not trans_a, input_last=trans_b, output_last=False)
-
-
-MATCHERS: Mapping[str, Callable[[ir.Node, int, int | None], Linear | Decline]] = {"MatMul": _matmul, "Gemm": _gemm}
-"""Operator -> matcher of (node, index of the weight among its inputs, rank of the activation if known)."""
-
 _REASONS = {
     "Gather": "Gather: embeddings are not decomposed",
     "GatherND": "GatherND: embeddings are not decomposed",
@@ -157,12 +37,12 @@ class _Finder:
         self.opset = opset(model)
         self.order = {node: k for k, node in enumerate(self.graph)}
         self.remarks: list[Remark] = []
-        self._ranks: dict[str, int] | None = None
+        self.shapes = Shapes(model)
 
     def find(self) -> tuple[Match, ...]:
         roots = [root for root in (self._root(v, t) for v, t in constants(self.graph)) if root is not None]
         matches = []
-        for group in _tied(roots):
+        for group in tied(roots):
             uses = sorted((use for root in group for use in root.uses), key=lambda use: self.order[use.node])
             if uses:
                 match = self._match(group, tuple(uses))
@@ -179,7 +59,7 @@ class _Finder:
     def _remark(self, name: str | None, reason: str) -> None:
         self.remarks.append(Remark(name or "", STAGE, reason))
 
-    def _root(self, value: ir.Value, tensor: ir.TensorProtocol) -> _Root | None:
+    def _root(self, value: ir.Value, tensor: ir.TensorProtocol) -> Root | None:
         """What reads a constant, None if it is no candidate at all."""
         if len(tensor.shape) < 2 or not (value.uses() or value.is_graph_output()):
             return None
@@ -192,11 +72,11 @@ class _Finder:
             if _sizeable(tensor):
                 self._remark(value.name, "the caller may override it: it is a graph input")
             return None
-        root = _Root(value, tensor)
+        root = Root(value, tensor)
         self._trace(root, value, False, ())
         return root
 
-    def _trace(self, root: _Root, value: ir.Value, turned: bool, chain: tuple[ir.Node, ...]) -> None:
+    def _trace(self, root: Root, value: ir.Value, turned: bool, chain: tuple[ir.Node, ...]) -> None:
         """Follow a constant through Transpose and Identity to the operators that read it."""
         if value.is_graph_output():
             root.refusals.append("it is an output of the graph")
@@ -208,12 +88,26 @@ class _Finder:
             if turn is not None:
                 self._trace(root, node.outputs[0], turned ^ turn, (*chain, node))
                 continue
-            rank = self._needed_rank(node, operand)
-            linear = self._linear(root, node, operand, rank)
-            if isinstance(linear, Decline):
-                root.refusals.append(linear.reason)
+            if node.op_type == "Shape" and node.domain == "" and not chain:
+                continue  # a number that a replacement keeps
+            use = self._use(root, node, operand, turned, chain)
+            if isinstance(use, Decline):
+                root.refusals.append(use.reason)
             else:
-                root.uses.append(Use(node, linear, root.value, chain, turned ^ (not linear.stored_oi), rank))
+                root.uses.append(use)
+
+    def _use(self, root: Root, node: ir.Node, operand: int, turned: bool, chain: tuple[ir.Node, ...]) -> Use | Decline:
+        rank = self._needed_rank(node, operand)
+        form = self._form(root, node, operand, rank)
+        if isinstance(form, Decline):
+            return form
+        found = padding_before(node, form) if form.kind.is_conv else None
+        pad, sides = found or (None, ())
+        if pad is not None:
+            pairs = zip(form.windows, sides, strict=True)
+            windows = (replace(w, before=w.before + before, after=w.after + after) for w, (before, after) in pairs)
+            form = replace(form, windows=tuple(windows))
+        return Use(node, form, root.value, chain, turned ^ (not form.stored_oi), rank, pad=pad)
 
     def _needed_rank(self, node: ir.Node, operand: int) -> int | None:
         """Rank of the activation, looked for only where the matcher or the axes of old opsets need it."""
@@ -221,53 +115,67 @@ class _Finder:
             return 2 if node.op_type == "Gemm" else None
         other = node.inputs[1 - operand]
         needed = operand == 0 or self.opset < NEGATIVE_AXES_OPSET
-        return self.rank(other) if needed and other is not None else None
+        return self.shapes.rank(other) if needed and other is not None else None
 
-    def _linear(self, root: _Root, node: ir.Node, operand: int, rank: int | None) -> Linear | Decline:
+    def _form(self, root: Root, node: ir.Node, operand: int, rank: int | None) -> Form | Decline:
         matcher = MATCHERS.get(node.op_type) if node.domain == "" else None
         if matcher is None:
             return Decline(_REASONS.get(node.op_type, f"{node.op_type}: not handled"))
-        if len(root.tensor.shape) != 2:
-            return Decline(f"{node.op_type}: the weight has rank {len(root.tensor.shape)}, not 2")
+        form = matcher(node, operand, rank, tuple(root.tensor.shape.numpy()))
+        if isinstance(form, Decline):
+            return form
         if self.opset < OLDEST_OPSET:
             return Decline(f"opset {self.opset} is older than {OLDEST_OPSET}, where operators broadcast in another way")
-        other = node.inputs[1 - operand] if operand < 2 else None
-        linear = matcher(node, operand, rank)
-        if isinstance(linear, Linear):
-            if other is None or _is_constant(other):
-                return Decline(f"{node.op_type}: both operands are constant")
-            if self.opset < NEGATIVE_AXES_OPSET and rank is None:
-                return Decline(f"opset {self.opset} has no negative axes, and the rank of the activation is unknown")
-        return linear
+        other = node.inputs[form.data]
+        if other is None or _is_constant(other):
+            return Decline(f"{node.op_type}: both operands are constant")
+        if not form.kind.is_conv and self.opset < NEGATIVE_AXES_OPSET and rank is None:
+            return Decline(f"opset {self.opset} has no negative axes, and the rank of the activation is unknown")
+        return form
 
-    def rank(self, value: ir.Value) -> int | None:
-        """Rank of a value, by shape inference on a copy where the file does not say."""
-        if value.shape is not None:
-            return value.shape.rank()
-        if self._ranks is None:
-            self._ranks = _inferred_ranks(self.model)
-        return self._ranks.get(value.name or "")
-
-    def _match(self, group: list[_Root], uses: tuple[Use, ...]) -> Match | None:
+    def _match(self, group: list[Root], uses: tuple[Use, ...]) -> Match | None:
         first = uses[0]
         names = tuple(dict.fromkeys([*aliases(first.root, first.node), *(root.name for root in group)]))
         refused = [reason for root in group for reason in root.refusals]
-        reason = ""
+        weight = canonical(first.root, first.flipped)
         if refused:
             reason = f"{refused[0]}; its {len(uses)} linear use(s) stay dense with it"
-        elif not _one_canonical(group, uses):
-            reason = "used both as it is and transposed"
-        weight = canonical(first.root, first.flipped)
-        reason = reason or passed_over_weight(weight)
-        if not reason and min(weight.shape) < 2:
+        else:
+            reason = difference(group, uses) or passed_over_weight(weight)
+        if not reason and not first.form.kind.is_conv and min(weight.shape) < 2:
             reason = f"the weight of shape {list(weight.shape)} has rank 1 already"
         if reason:
             self._remark(names[0], reason)
             return None
-        o, i = weight.shape
-        dtype = FLOATS[group[0].tensor.dtype]
-        site = Site(OpKind.LINEAR, (("o", o), ("i", i)), dtype, 0, sketch(weight), names, len(uses))
-        return Match(site, uses)
+        if len(uses) == 1:
+            uses = (replace(first, tail=tail(first.node, first.form, first.width, self.shapes.rank)),)
+        return Match(self._site(uses, names, FLOATS[group[0].tensor.dtype]), uses)
+
+    def _site(self, uses: tuple[Use, ...], names: tuple[str, ...], dtype: str) -> Site:
+        first = uses[0]
+        weight, form, norm = first.weight(), first.form, first.tail.norm
+        lengths = {self._lengths(use) for use in uses}
+        return Site(
+            form.kind,
+            sizes_of(form, tuple(weight.shape)),
+            dtype,
+            order=0,
+            sketch=sketch(weight),
+            names=names,
+            uses=len(uses),
+            attributes=window_attributes(form.windows) if form.kind.is_conv else (),
+            bias=len(uses) == 1 and first.bias is not None,
+            norm="" if norm is None else norm.name or norm.outputs[0].name or "",
+            lengths=lengths.pop() if len(lengths) == 1 else (),
+        )
+
+    def _lengths(self, use: Use) -> tuple[tuple[str, int, int], ...]:
+        """(axis, entries, positions) of each window axis, if the file fixes them all."""
+        shape = self.shapes.of(use.activation) if use.form.windows else None
+        sizes = [size for size in (shape or ())[2:] if size is not None]
+        if not sizes or len(sizes) != len(use.form.windows):
+            return ()
+        return tuple((w.axis, size, w.positions(size)) for w, size in zip(use.form.windows, sizes, strict=True))
 
     def _elsewhere(self) -> None:
         """Remarks on weights in bodies and functions, and on sparse constants."""
@@ -322,37 +230,9 @@ def _foreign(value: ir.Value, tensor: ir.TensorProtocol) -> str:
     kind = tensor.dtype.name.lower()
     if any(reader.startswith(_QUANTISED) for reader in readers):
         return f"{readers[0]}: the weight is quantised ({kind})"
-    if kind == "string" or kind.startswith(("float", "complex")) or any(r in MATCHERS or r == "Conv" for r in readers):
+    if kind == "string" or kind.startswith(("float", "complex")) or any(r in MATCHERS for r in readers):
         return f"the weight has dtype {kind}, not a real floating one"
     return ""
-
-
-def _tied(roots: list[_Root]) -> Iterator[list[_Root]]:
-    """Group matrices of equal entries, stored alike or transposed; the diagonals save most of the hashing."""
-    buckets: dict[object, list[_Root]] = defaultdict(list)
-    for root in roots:
-        shape = tuple(root.tensor.shape.numpy())
-        if len(shape) != 2:
-            yield [root]
-            continue
-        diagonal = array(root.tensor).diagonal()
-        few = diagonal[:: max(1, len(diagonal) // 64)].tobytes()
-        buckets[root.tensor.dtype, tuple(sorted(shape)), few].append(root)
-    for bucket in buckets.values():
-        if len(bucket) == 1:
-            yield bucket
-            continue
-        groups: dict[frozenset[str], list[_Root]] = defaultdict(list)
-        for root in bucket:
-            groups[frozenset((root.digest(False), root.digest(True)))].append(root)
-        yield from groups.values()
-
-
-def _one_canonical(group: list[_Root], uses: tuple[Use, ...]) -> bool:
-    if len({(use.root, use.flipped) for use in uses}) == 1:
-        return True
-    roots = {root.value: root for root in group}
-    return len({roots[use.root].digest(use.flipped) for use in uses}) == 1
 
 
 def _numbered(matches: list[Match]) -> tuple[Match, ...]:
@@ -366,12 +246,3 @@ def _numbered(matches: list[Match]) -> tuple[Match, ...]:
             names = tuple(dict.fromkeys([own, *names]))
         numbered.append(replace(match, site=replace(match.site, order=k, names=names)))
     return tuple(numbered)
-
-
-def _inferred_ranks(model: ir.Model) -> dict[str, int]:
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    copy = model.clone()
-    ShapeInferencePass(strict_mode=False, data_prop=False)(copy)
-    values = (value for node in copy.graph for value in node.outputs)
-    return {value.name or "": value.shape.rank() for value in values if value.shape is not None}

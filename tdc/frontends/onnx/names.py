@@ -12,6 +12,7 @@ _FOLDED = "pkg.onnxscript.optimizer.folded_from"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CLASSES = "pkg.torch.onnx.class_hierarchy"
+_MODULES = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 _LONGEST = 10_000
 
 
@@ -28,13 +29,19 @@ def aliases(root: ir.Value, node: ir.Node) -> tuple[str, ...]:
     if root.name and root.metadata_props.get(_KIND) == "PARAMETER":
         found.append(root.name)
     scopes, classes = _items(node.metadata_props.get(_SCOPES, "")), _items(node.metadata_props.get(_CLASSES, ""))
-    if len(scopes) > 1 and scopes[-2] and len(classes) > 1 and classes[-2].endswith("Linear"):
+    if len(scopes) > 1 and scopes[-2] and len(classes) > 1 and classes[-2].endswith(_MODULES):
         found.append(f"{scopes[-2]}.weight")
     if root.name and root.name.startswith("onnx::") and (node.name or "").count("/") > 1:
-        found.append(".".join((node.name or "").strip("/").split("/")[:-1]) + ".weight")
+        found.append(".".join(_scopes(node.name or "")) + ".weight")
     if root.name:
         found.append(root.name)
     return tuple(dict.fromkeys(found))
+
+
+def _scopes(name: str) -> list[str]:
+    """The modules in a name ``/features/features.0/Conv``; a part that begins with the one before it replaces it."""
+    parts = name.strip("/").split("/")[:-1]
+    return [part for part, after in zip(parts, [*parts[1:], ""], strict=True) if not after.startswith(f"{part}.")]
 
 
 def _items(text: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,21 @@ from torch import Tensor
 
 from ...errors import CalibrationError, PlanError, VerificationError
 from ...ir import Cost, Remark, Site
-from ..program import Replacement, Tap
+from ..program import Change, Replacement, Tap
 from .calibration import Batch, read_batches
+from .cost import run_cost
 from .emit import Emitter, check_block
 from .fold import consumers, regions
+from .gains import gain_before
 from .load import REMARKS
-from .match import Match, Use, find_sites
-from .names import unique_name
+from .match import find_sites
+from .running import Fed, clone, double, moved, with_taps, with_weight_inputs
 from .runtime import Session, first_line, free_names, ort_errors
-from .tensors import array, constant_tensor, graphs, stored, to_numpy, to_torch
+from .tail import scales
+from .tensors import array, constant_tensor, graphs, to_torch
+from .uses import Match, Use
 
 __all__ = ["OnnxProgram"]
-
-
-@dataclass(frozen=True)
-class _Fed:
-    """A weight as an input of the running model: its site, its orientation, and what is fed by default."""
-
-    order: int
-    stored_oi: bool
-    name: str
-    dense: np.ndarray
-    dtype: ir.DataType
 
 
 class OnnxProgram:
@@ -47,7 +40,7 @@ class OnnxProgram:
         self._found: tuple[tuple[Match, ...], tuple[Remark, ...]] | None = None
         self._replacements: dict[int, Replacement] = {}
         self._tapped: dict[tuple[int, ...], tuple[Session, tuple[str, ...]]] = {}
-        self._open: tuple[Session, tuple[_Fed, ...]] | None = None
+        self._open: tuple[Session, tuple[Fed, ...]] | None = None
 
     @property
     def _matches(self) -> tuple[Match, ...]:
@@ -74,22 +67,28 @@ class OnnxProgram:
         return tuple(match.site for match in matches), remarks
 
     def weight(self, site: Site) -> Tensor:
-        """The canonical weight (o, i), contiguous, in its own dtype, with the bits of the file."""
+        """The canonical weight, contiguous, in its own dtype; with the bits of the file if no normalisation is folded
+        into it.
+        """
         return self._match(site.order).weight()
+
+    def gain(self, site: Site) -> Tensor | None:
+        """The gain (i) that a normalisation in front of a linear site multiplies its input with, if there is one."""
+        return gain_before(self._match(site.order))
 
     def batches(self, calibration: Any) -> Iterator[Batch]:
         """Calibration data as ``{input name: array}``, checked against the graph's inputs."""
         return read_batches(calibration, self.model.graph.inputs)
 
     def observe(self, batch: Batch, sites: Iterable[Site], tap: Tap) -> None:
-        """Run the dense model and hand over what enters every use of the sites, input axis last."""
+        """Run the dense model and hand over what enters every use of the sites (of a product: input axis last)."""
         sites = tuple(sites)
         session, names = self._tapped_session(tuple(site.order for site in sites))
         values = dict(zip(names, self._run(session, names, batch), strict=True))
         shown: dict[tuple[str, bool], Tensor] = {}
         for site in sites:
             for use in self._match(site.order).uses:
-                key = (use.activation.name or "", use.linear.input_last)
+                key = (use.activation.name or "", _turned(use))
                 if key not in shown:
                     shown[key] = self._activation(use, values, batch)
                 tap(site, shown[key])
@@ -105,18 +104,15 @@ class OnnxProgram:
             assert value.const_value is not None
             entries = array(value.const_value)
         tensor = to_torch(entries)
-        return tensor if use.linear.input_last else tensor.swapaxes(-1, -2)
+        return tensor.swapaxes(-1, -2) if _turned(use) else tensor
 
-    def outputs(self, batch: Batch, weights: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Floating outputs by name, with ``weights`` (canonical, by site order) in place of the stored ones."""
+    def outputs(self, batch: Batch, changes: Mapping[int, Change]) -> dict[str, Tensor]:
+        """Floating outputs by name, with ``changes`` (by site order) of the stored weights and biases."""
         if self._open is None:
-            model, fed = self._with_weight_inputs()
+            model, fed = with_weight_inputs(self.model, self._matches)
             self._open = (Session(model), fed)
         session, fed = self._open
-        feeds: dict[str, Any] = dict(batch)
-        for entry in fed:
-            new = weights.get(entry.order)
-            feeds[entry.name] = entry.dense if new is None else to_numpy(new if entry.stored_oi else new.T, entry.dtype)
+        feeds = {**batch, **{entry.name: entry.value(changes.get(entry.order)) for entry in fed}}
         names = [value.name or "" for value in self.model.graph.outputs]
         values = self._run(session, names, feeds)
         floating = (isinstance(value, np.ndarray) and value.dtype.kind == "f" for value in values)
@@ -129,56 +125,16 @@ class OnnxProgram:
             raise CalibrationError(f"the model does not run on this batch: {first_line(error)}") from error
 
     def _tapped_session(self, orders: tuple[int, ...]) -> tuple[Session, tuple[str, ...]]:
-        """The dense model with the values that enter the sites as its outputs; its own outputs if there are none."""
         if orders not in self._tapped:
-            copy, values = self._clone()
             uses = [use for order in orders for use in self._match(order).uses]
-            taps: dict[ir.Value, None] = {}
-            for use in uses:
-                value = values[use.activation]
-                if value.producer() is not None:
-                    value.type = value.type or ir.TensorType(_tensor(use.root).dtype)
-                    taps[value] = None
-            outputs = list(taps) or list(copy.graph.outputs)
-            copy.graph.outputs.clear()
-            copy.graph.outputs.extend(outputs)
-            names = tuple(value.name or "" for value in outputs)
-            self._tapped[orders] = (Session(copy), names)
+            model, names = with_taps(self.model, uses)
+            self._tapped[orders] = (Session(model), names)
         return self._tapped[orders]
 
-    def _with_weight_inputs(self) -> tuple[ir.Model, tuple[_Fed, ...]]:
-        """The dense model with the weights of all sites as inputs, in the orientation that each operator reads.
-
-        The Transpose nodes on the way are left out: onnxruntime 1.32 gives wrong numbers where it fuses one with the
-        product of a matrix and a vector, which it does for weights that are not constant.
+    def cost(self, batch: Batch | None = None) -> Cost:
+        """Floating parameters and bytes of all tensors of the file, each stored one once; multiply-adds and peak of the
+        activations of a run on the batch, or of any run where the file fixes all sizes (0 where they are not known).
         """
-        copy, values = self._clone()
-        nodes = dict(zip(self.model.graph, copy.graph, strict=True))
-        names = Emitter(copy).values
-        fed: dict[tuple[int, bool], tuple[_Fed, ir.Value]] = {}
-        for order, match in enumerate(self._matches):
-            for use in match.uses:
-                key = (order, use.linear.stored_oi)
-                if key not in fed:
-                    fed[key] = _weight_input(use, order, unique_name(f"tdc.weight.{order}", names))
-                    copy.graph.inputs.append(fed[key][1])
-                nodes[use.node].replace_input_with(1 - use.linear.data, fed[key][1])
-        emitter = Emitter(copy)
-        for use in (use for match in self._matches for use in match.uses):
-            emitter.sweep(_moved(use, nodes, values))
-        return copy, tuple(entry for entry, _ in fed.values())
-
-    def _clone(self) -> tuple[ir.Model, dict[ir.Value, ir.Value]]:
-        """A copy of the model that shares its tensors, and which value of it stands for which of the main graph."""
-        copy = self.model.clone()
-        values: dict[ir.Value, ir.Value] = dict(zip(self.model.graph.inputs, copy.graph.inputs, strict=True))
-        values.update((old, copy.graph.initializers[name]) for name, old in self.model.graph.initializers.items())
-        for old, new in zip(self.model.graph, copy.graph, strict=True):
-            values.update(zip(old.outputs, new.outputs, strict=True))
-        return copy, values
-
-    def cost(self) -> Cost:
-        """Floating parameters, and bytes of all tensors of the file, each stored one once."""
         seen: set[object] = set()
         params = size = 0
         for tensor in self._stored():
@@ -189,7 +145,7 @@ class OnnxProgram:
             seen.add(key)
             params += tensor.size if tensor.dtype.is_floating_point() else 0
             size += tensor.nbytes
-        return Cost(params, size, 0)
+        return Cost(params, size, *run_cost(self.model, batch))
 
     def _stored(self) -> Iterator[Any]:
         for graph, _ in graphs(self.model):
@@ -204,6 +160,8 @@ class OnnxProgram:
         """
         match = self._match(site.order)
         check_block(new.block)
+        if new.block.kind is not site.kind:
+            raise VerificationError(f"{site.name}: the block of a {new.block.kind.value} for a {site.kind.value}")
         for name, shape in new.block.factors:
             factor = new.factors.get(name)
             if factor is None or tuple(factor.shape) != shape:
@@ -216,39 +174,39 @@ class OnnxProgram:
 
     def finish(self) -> ir.Model:
         """A new model with all noted replacements; everything else is as it was."""
-        copy, values = self._clone()
+        copy, values = clone(self.model)
         free_names(copy)
         nodes = dict(zip(self.model.graph, copy.graph, strict=True))
         emitter = Emitter(copy)
         behind = regions(self._matches)
         for order, new in sorted(self._replacements.items()):
             match = self._matches[order]
+            bias, taken = _new_bias(match, new), match.uses[0].slot
             if new.output_order is not None:
-                vectors = [(nodes[node], operand) for node, operand in behind[order].vectors]
+                places = behind[order].vectors if order in behind else ()
+                vectors = [(nodes[node], k, axis) for node, k, axis in places if bias is None or (node, k) != taken]
                 emitter.reorder(vectors, new.output_order.numpy())
-            uses = tuple(_moved(use, nodes, values) for use in match.uses)
-            emitter.replace(uses, new.block, new.factors, match.site.name)
+            uses = tuple(moved(use, nodes, values) for use in match.uses)
+            emitter.replace(uses, new.block, new.factors, match.site.name, bias)
         return copy
 
 
-def _moved(use: Use, nodes: Mapping[ir.Node, ir.Node], values: Mapping[ir.Value, ir.Value]) -> Use:
-    """The same use in a copy of the model."""
-    chain = tuple(nodes[node] for node in use.chain)
-    return replace(use, node=nodes[use.node], root=values[use.root], chain=chain)
+def _turned(use: Use) -> bool:
+    """Whether the activation has its input axis second to last."""
+    return not use.form.kind.is_conv and not use.form.input_last
 
 
-def _weight_input(use: Use, order: int, name: str) -> tuple[_Fed, ir.Value]:
-    """An input for the weight as ``use`` reads it; dense entries are copied only if stored transposed."""
-    tensor = _tensor(use.root)
-    dense = array(tensor)
-    turned = use.flipped == use.linear.stored_oi
-    dense = np.ascontiguousarray(dense.T) if turned else dense
-    fed = _Fed(order, use.linear.stored_oi, name, dense, tensor.dtype)
-    return fed, ir.Value(name=name, shape=ir.Shape(dense.shape), type=ir.TensorType(tensor.dtype))
+def _new_bias(match: Match, new: Replacement) -> np.ndarray | None:
+    """The bias of the replacement, in float64 and in the order of its outputs; None if the old one stays.
 
-
-def _tensor(root: ir.Value) -> ir.TensorProtocol:
-    """The stored tensor of a weight."""
-    tensor = stored(root)
-    assert tensor is not None
-    return tensor
+    Statistics of another door may shift a site that has no bias here (exporters drop biases of zeros): it gets one.
+    """
+    use = match.uses[0]
+    if new.shift is None and use.tail.norm is None:
+        return None
+    bias = use.bias if match.site.bias else np.zeros(use.width) if match.takes_bias else None
+    if bias is None:
+        return None
+    if new.shift is not None:
+        bias = bias + scales(use.node)[0] * double(new.shift)
+    return bias if new.output_order is None else bias[new.output_order.numpy()]

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from tdc import decompositions
 from tdc.decompositions import low_rank, rebuild
 from tdc.ir import Metric
-from tdc.testing import assert_close, optimal_error, random_metric, random_weight, relative_error
+from tdc.testing import assert_close, optimal_error, random_metric, random_weight, relative_error, variants_of
 
 LOW_RANK = ("pivoted", "svd")
-CASES = [(name, variant) for name in LOW_RANK for variant in decompositions.get(name).equations]
+AXES = {"o": 12, "i": 8}
+CASES = [(name, variant) for name in LOW_RANK for variant in variants_of(name, AXES)]
 SHAPES = [(12, 8), (7, 13), (30, 5)]
 
 
@@ -53,8 +54,8 @@ def test_the_tail_is_the_error_of_every_rank(rows: int, columns: int, seed: int)
 def test_the_basis_is_orthonormal_and_the_coordinates_are_its_products(shape: tuple[int, int]) -> None:
     weight = random_weight(*shape)
     best = low_rank(weight, random_metric(shape[1]))
-    assert_close(best.basis.T @ best.basis, torch.eye(min(shape), dtype=torch.float64), 1e-12)
-    assert_close(best.coordinates, best.basis.T @ weight, 1e-12)
+    assert_close(best.basis[0].T @ best.basis[0], torch.eye(min(shape), dtype=torch.float64), 1e-12)
+    assert_close(best.coordinates[0], best.basis[0].T @ weight, 1e-12)
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -82,7 +83,7 @@ def test_directions_that_the_data_never_took_are_projected_and_not_zeroed(name: 
 def test_pivoted_and_svd_are_one_approximation() -> None:
     weight, metric = random_weight(12, 8), random_metric(8)
     expected = fitted("svd", "", weight, 3, metric)
-    for variant in decompositions.get("pivoted").equations:
+    for variant in variants_of("pivoted", AXES):
         assert_close(fitted("pivoted", variant, weight, 3, metric), expected, 1e-12)
 
 
@@ -105,7 +106,7 @@ def test_pivots_keep_the_coefficients_small(shape: tuple[int, int]) -> None:
     """Column pivoting bounds them by far less than the theoretical 2^r: ten is already unusual."""
     weight = torch.randn(*shape, dtype=torch.float64)
     d = decompositions.get("pivoted")
-    for variant in d.equations:
+    for variant in variants_of("pivoted", AXES):
         layout = d.layout({"o": shape[0], "i": shape[1]}, {"r": 8}, variant)
         factors = d.fit(weight, layout, Metric("weight"))
         assert float(factors["coef"].abs().max()) < 10
@@ -115,10 +116,50 @@ def test_pivots_keep_the_coefficients_small(shape: tuple[int, int]) -> None:
 def test_pivoted_stores_less_than_svd_at_every_rank(axes: dict[str, int]) -> None:
     pivoted, svd = decompositions.get("pivoted"), decompositions.get("svd")
     for rank in range(1, min(axes.values())):
-        assert pivoted.layout(axes, {"r": rank}).params == svd.layout(axes, {"r": rank}).params - rank**2
+        for variant in variants_of("pivoted", axes):
+            stored = svd.layout(axes, {"r": rank}, "").params - rank**2
+            assert pivoted.layout(axes, {"r": rank}, variant).params == stored
 
 
 def test_pivoted_at_full_rank_stores_what_dense_stores() -> None:
     for variant in ("input", "output"):
         axes = {"o": 8, "i": 12} if variant == "input" else {"o": 12, "i": 8}
         assert decompositions.get("pivoted").layout(axes, {"r": 8}, variant).params == 96
+
+
+@pytest.mark.parametrize(("axes", "variant"), [({"o": 5, "i": 10}, "input"), ({"o": 4, "i": 9}, "output")])
+def test_pivoted_takes_the_side_that_moves_fewer_numbers(axes: dict[str, int], variant: str) -> None:
+    """i + r at the input, 2 o at the output."""
+    assert decompositions.get("pivoted").variants(axes) == (variant,)
+
+
+def test_groups_are_fitted_each_for_itself_and_their_errors_add_up() -> None:
+    weight, metric = torch.cat([random_weight(6, 10), 3 * random_weight(6, 10, seed=1)]), random_metric(10, groups=2)
+    both = low_rank(weight, metric, 2)
+    assert metric.second_moment is not None
+    for g, part in enumerate(weight.split(6)):
+        one = low_rank(part, Metric("input", metric.second_moment[g]))
+        assert_close(both.approximation(2)[g], one.approximation(2)[0], 1e-10)
+    for rank in range(7):
+        assert float(both.tail[rank]) == pytest.approx(optimal_error(weight, metric, rank, 2), rel=1e-9, abs=1e-15)
+
+
+def test_the_moment_of_the_outputs_serves_as_well_as_that_of_the_inputs() -> None:
+    weight, metric = random_weight(12, 30), random_metric(30)
+    assert metric.second_moment is not None
+    outputs = Metric("input", output_moment=(weight @ metric.second_moment @ weight.T)[None])
+    mine, other = low_rank(weight, metric), low_rank(weight, outputs)
+    assert_close(other.tail, mine.tail, 1e-9)
+    assert_close(other.approximation(4), mine.approximation(4), 1e-8)
+
+
+def test_what_a_bias_takes_up_counts_in_the_whole_and_not_in_the_error() -> None:
+    weight, metric = random_weight(12, 8), random_metric(8, centred=True)
+    assert metric.second_moment is not None
+    assert metric.mean is not None
+    spread, mean = (
+        float(torch.trace(weight @ metric.second_moment @ weight.T)),
+        float((weight @ metric.mean).square().sum()),
+    )
+    plain, centred = low_rank(weight, Metric("input", metric.second_moment)), low_rank(weight, metric)
+    assert_close(centred.tail, plain.tail * spread / (spread + mean), 1e-12)

@@ -85,7 +85,7 @@ def full_rank(model: nn.Module, first: str = "output", second: str = "output", n
     sites, _ = NnProgram(model, X).sites()
     d = decompositions.get(name)
     choices = [
-        Candidate(site, name, variant, tuple(d.full_ranks(site.axes).items()))
+        Candidate(site, name, variant, tuple(d.full_ranks(site.axes, variant).items()))
         for site, variant in zip(sites, (first, second), strict=True)
     ]
     return tdc.compress(model, X, plan=Plan(tuple(choices)), progress=False)

@@ -21,34 +21,34 @@ def batch(seed: int = 0, shape: tuple[int, ...] = (5, 6)) -> Tensor:
 def agree(moments: Moments, *activations: Tensor) -> None:
     """Equal to the sums that numpy makes of all rows."""
     rows = np.concatenate([a.double().numpy().reshape(-1, a.shape[-1]) for a in activations])
-    np.testing.assert_allclose(moments.total.numpy(), rows.T @ rows, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(moments.sum.numpy(), rows.sum(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(moments.total.numpy()[0], rows.T @ rows, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(moments.sum.numpy()[0], rows.sum(0), rtol=1e-12, atol=1e-12)
     assert moments.rows == len(rows)
     assert moments.total.dtype == moments.sum.dtype == torch.float64
 
 
 def test_sums_are_those_of_numpy_over_all_leading_axes() -> None:
     activations = [batch(0), batch(1, (2, 3, 6)), batch(2, (6,))]
-    moments = Moments.zeros(6)
+    moments = Moments.zeros(1, 6)
     for activation in activations:
-        moments.add(activation)
+        moments.add(activation.reshape(-1, 1, 6))
     agree(moments, *activations)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_precision_is_multiplied_in_float32(dtype: torch.dtype) -> None:
     activation = (100 * batch(0, (64, 6))).to(dtype)
-    moments = Moments.zeros(6)
-    moments.add(activation)
+    moments = Moments.zeros(1, 6)
+    moments.add(activation[:, None])
     exact = activation.double().T @ activation.double()
-    assert float((moments.total - exact).norm() / exact.norm()) < 64 * torch.finfo(torch.float32).eps
+    assert float((moments.total[0] - exact).norm() / exact.norm()) < 64 * torch.finfo(torch.float32).eps
 
 
 def test_rows_that_are_not_finite_are_left_out_and_counted() -> None:
     activation = batch()
     activation[1, 2], activation[3, 0] = float("nan"), float("inf")
-    moments = Moments.zeros(6)
-    moments.add(activation)
+    moments = Moments.zeros(1, 6)
+    moments.add(activation[:, None])
     agree(moments, activation[[0, 2, 4]])
     assert moments.dropped == 2
 

@@ -20,7 +20,7 @@ def example() -> Statistics:
     moment = random_metric(8).second_moment
     assert moment is not None
     sites = tuple(random_site(random_weight(12, 8, seed=k), order=k, name=f"layer{k}.weight") for k in range(2))
-    entries = (SiteStatistics(sites[0], 0, 32, 0.5), SiteStatistics(sites[1], 0, 32, 2.0))
+    entries = (SiteStatistics(sites[0], 0, 32, 0.5, seen=32), SiteStatistics(sites[1], 0, 32, 2.0, seen=40))
     return Statistics(entries, (moment.float(),), (torch.arange(8.0),), 3, (Remark("", "calibrate", "few rows"),))
 
 
@@ -51,6 +51,8 @@ def test_the_digest_knows_the_content_and_not_the_names() -> None:
         {"means": (torch.zeros(8),)},
         {"sites": (dataclasses.replace(example().sites[0], sensitivity=0.25), example().sites[1])},
         {"sites": (dataclasses.replace(example().sites[0], rows=31), example().sites[1])},
+        {"sites": (dataclasses.replace(example().sites[0], seen=99), example().sites[1])},
+        {"sites": (dataclasses.replace(example().sites[0], lengths=(("p", 8, 4),)), example().sites[1])},
         {"sites": example().sites[:1]},
     ],
 )
@@ -105,10 +107,19 @@ def test_a_tampered_file_is_refused(tmp_path: Path, changes: dict[str, Any], mes
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"moment": -1}, {"moment": 7}, {"sensitivity": float("nan")}, {"sensitivity": -1}, {"rows": 0}]
+    "wrong",
+    [
+        {"moment": -1},
+        {"moment": 7},
+        {"sensitivity": float("nan")},
+        {"sensitivity": -1},
+        {"rows": 0},
+        {"seen": 2},
+        {"side": "both"},
+    ],
 )
 def test_a_file_with_impossible_numbers_is_refused(tmp_path: Path, wrong: dict[str, float]) -> None:
-    row = {**example().sites[0].site.to_dict(), "moment": 0, "rows": 3, "sensitivity": 1.0, **wrong}
+    row = {**example().sites[0].site.to_dict(), "moment": 0, "rows": 3, "seen": 3, "sensitivity": 1.0, **wrong}
     with pytest.raises(CalibrationError, match=r"a\.stats cannot be read"):
         Statistics.load(tampered(tmp_path / "a.stats", sites=[row]))
 

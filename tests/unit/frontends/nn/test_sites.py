@@ -117,7 +117,7 @@ def test_layers_that_share_a_bias_compute_the_same_function() -> None:
     model.second.bias = model.first.bias
     d = decompositions.get("pivoted")
     sites, _ = NnProgram(model, x).sites()
-    choices = [Candidate(s, "pivoted", "output", tuple(d.full_ranks(s.axes).items())) for s in sites]
+    choices = [Candidate(s, "pivoted", "output", tuple(d.full_ranks(s.axes, "output").items())) for s in sites]
     small = tdc.compress(model, x, plan=Plan(tuple(choices)), progress=False)
     assert tdc.report(small).replaced == 3
     assert_close(small(x), model(x), 1e-12)

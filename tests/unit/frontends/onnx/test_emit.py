@@ -19,7 +19,7 @@ from torch import Tensor
 from tdc import decompositions, targets
 from tdc.errors import VerificationError
 from tdc.frontends.onnx import OnnxProgram, save_model
-from tdc.frontends.program import Replacement
+from tdc.frontends.program import Change, Replacement
 from tdc.ir import Block, Equation, Metric, Op, OpKind, Site
 from tdc.planning.path import contraction_paths
 
@@ -36,9 +36,9 @@ def lowered(
     name, _, variant = form.partition("/")
     decomposition = decompositions.get(name)
     axes = {"o": weight.shape[0], "i": weight.shape[1]}
-    layout = decomposition.layout(axes, ranks or decomposition.full_ranks(axes), variant)
+    layout = decomposition.layout(axes, ranks or decomposition.full_ranks(axes, variant), variant)
     factors = decomposition.fit(weight.double(), layout, Metric("weight"))
-    block = targets.get("cpu").lower(layout, contraction_paths(OpKind.LINEAR, layout))
+    block = targets.get("cpu").lower(OpKind.LINEAR, layout, contraction_paths(OpKind.LINEAR, layout))
     assert isinstance(block, Block)
     dense = decompositions.rebuild(factors, layout)
     return block, {key: f.to(weight) if f.is_floating_point() else f for key, f in factors.items()}, dense
@@ -91,7 +91,7 @@ def test_exact_at_full_rank(form: str, dtype: Any, spelling: str, source: str, c
 def test_below_full_rank_it_is_the_rebuilt_weight(form: str, spelling: str, case: Callable[..., Any]) -> None:
     made = case(spelling, "initializer", np.float64)
     _, _, dense = lowered(torch.from_numpy(made.weight), form, {"r": 3})
-    wanted = made.program.outputs(made.batch, {0: dense})["y"].numpy()
+    wanted = made.program.outputs(made.batch, {0: Change(dense)})["y"].numpy()
     out = run(replace_all(made.program, form, {"r": 3}), made.batch, 0)["y"]
     assert relative(out, wanted) < 1e-12
 

@@ -138,7 +138,11 @@ def graph_of(nodes: list[onnx.NodeProto], tensors: dict[str, np.ndarray]) -> onn
 
 
 PASSED_OVER: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], dict[str, str]]] = {
-    "conv": ([linear("Conv", ["im", "w"])], {"w": np.ones((3, 2, 1, 1), F)}, {"w": "Conv: not handled"}),
+    "conv": (
+        [linear("ConvTranspose", ["im", "w"])],
+        {"w": np.ones((2, 3, 1, 1), F)},
+        {"w": "ConvTranspose: not handled"},
+    ),
     "stacked": (
         [linear("MatMul", ["x", "w"])],
         {"w": np.ones((2, 6, 3), F)},

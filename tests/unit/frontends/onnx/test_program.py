@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tdc.errors import CalibrationError, ModelError, PlanError
 from tdc.frontends.onnx import OnnxProgram
+from tdc.frontends.program import Change
 from tdc.ir import Site
 
 Opened = Callable[[onnx.ModelProto], OnnxProgram]
@@ -47,8 +48,8 @@ def test_outputs_with_and_without_another_weight(spelling: str, source: str, cas
     made = case(spelling, source, np.float64)
     batch = first(made.program, made.batch)
     assert np.allclose(made.program.outputs(batch, {})["y"], made.output, rtol=1e-12, atol=1e-12)
-    zero = made.program.outputs(batch, {0: torch.zeros(10, 6, dtype=torch.float64)})["y"]
-    doubled = made.program.outputs(batch, {0: torch.from_numpy(2 * made.weight)})["y"]
+    zero = made.program.outputs(batch, {0: Change(torch.zeros(10, 6, dtype=torch.float64))})["y"]
+    doubled = made.program.outputs(batch, {0: Change(torch.from_numpy(2 * made.weight))})["y"]
     assert np.allclose(doubled, 2 * made.output - zero.numpy(), rtol=1e-12, atol=1e-12)
     assert np.allclose(made.program.outputs(batch, {})["y"], made.output, rtol=1e-12, atol=1e-12)
 
@@ -85,7 +86,7 @@ def test_outputs_are_the_floating_ones_and_replace_all_uses(build: Build, opened
     program = opened(two_layers(build))
     x = np.ones((4, 6), F)
     identity = torch.eye(6)
-    out = program.outputs({"x": x}, {0: identity})
+    out = program.outputs({"x": x}, {0: Change(identity)})
     assert set(out) == {"y", "y2"}
     assert np.array_equal(out["y2"].numpy(), x)
 

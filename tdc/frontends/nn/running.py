@@ -1,0 +1,79 @@
+"""Running a module as it will be used, and for a while with other weights, and leaving no trace of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["evaluation", "holding", "pre_hooks", "standing_in"]
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, with fixed random numbers; modes, buffers and random state are as before after it.
+
+    The fused kernels of ``nn.TransformerEncoder`` are off: they pass hooks by, and make nested tensors.
+    """
+    training = [module for module in model.modules() if module.training]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module in training:
+            module.training = True
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+@contextmanager
+def holding(parameters: Iterable[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
+    """Modules with other parameters inside: (module, name, values). (``torch.func.functional_call`` does not put back
+    what a module found by two paths shares with another module.)
+    """
+    held = [(module, name, module._parameters.get(name), new) for module, name, new in parameters]
+    try:
+        for module, name, _, new in held:
+            module._parameters[name] = nn.Parameter(new, requires_grad=False)
+        yield
+    finally:
+        for module, name, own, _ in held:
+            module._parameters[name] = own
+
+
+@contextmanager
+def standing_in(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """The modules at these paths replaced by ones that hand their input on."""
+    held = []
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        modules = model.get_submodule(parent)._modules
+        held.append((modules, child, modules[child]))
+    try:
+        for modules, child, _ in held:
+            modules[child] = nn.Identity()
+        yield
+    finally:
+        for modules, child, own in held:
+            modules[child] = own
+
+
+@contextmanager
+def pre_hooks(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,124 @@
+"""Blocks of linear sites as MatMul, Gemm, Gather, Concat and Add.
+
+A use with its output axis last (``y = x W^T``) works on the last axis, one with the output axis second to last
+(``y = W x``) on the second to last. Factors are stored the way the product wants them, so that no node has only
+constant inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...errors import VerificationError
+from ...ir import Equation, Op
+from .line import Attributes, Line, Part
+from .operators import NEGATIVE_AXES_OPSET
+from .tail import scales
+from .tensors import FLOATS, array, stored
+
+__all__ = ["LinearLine", "contracts_second"]
+
+
+def contracts_second(equation: Equation) -> bool:
+    """Whether the factor of ``b i, r i -> b r`` is stored with the contracted axis second. Raises VerificationError."""
+    if len(equation.inputs) == 2 and all(len(term.groups) == 2 for term in (*equation.inputs, equation.output)):
+        (rows, inner), (first, second) = (term.groups for term in equation.inputs)
+        kept, outer = equation.output.groups
+        if rows == kept and (first, second) in ((outer, inner), (inner, outer)):
+            return second == inner
+    raise VerificationError(f"the ONNX frontend cannot write a product '{equation}'")
+
+
+class LinearLine(Line):
+    """A block in place of a MatMul or Gemm."""
+
+    products = "matmul"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.last = self.use.form.output_last
+        self.gemm = self.use.node.op_type == "Gemm"
+        self.alpha, self.beta = scales(self.use.node)
+        self.scaled = False
+
+    @property
+    def axis(self) -> int:
+        axis = -1 if self.last else -2
+        if self.names.opset >= NEGATIVE_AXES_OPSET:
+            return axis
+        assert self.use.rank is not None
+        return self.use.rank + axis
+
+    def entry(self) -> Part:
+        """The activation with its input axis where the output axis will be; a Transpose if a Gemm has them crossed."""
+        activation, width = self.use.activation, dict(self.block.sizes)["i"]
+        if self.use.form.input_last == self.last:
+            return Part(activation, width)
+        shape = None if activation.shape is None else ir.Shape(list(activation.shape)[::-1])
+        return self.node("Transpose", "x", [activation], width, {"perm": [1, 0]}, shape=shape)
+
+    def product(self, op: Op, parts: list[Part]) -> Part:
+        """``b i, r i -> b r``: the factor on the right, transposed, or on the left as it is."""
+        assert op.equation is not None
+        second = contracts_second(op.equation)
+        factor = self.store.matrix(op.inputs[1], second == self.last, self.dtype)
+        inputs = [parts[0].value, factor] if self.last else [factor, parts[0].value]
+        if self.gemm and op.output == self.end():
+            return self._gemm(op, inputs)
+        return self.node("MatMul", op.output, inputs, self.width(op.output))
+
+    def width(self, name: str) -> int:
+        op = self.maker(name)
+        if op is None:
+            return dict(self.block.sizes)["i"]
+        if op.equation is None:
+            return self.narrow(op)
+        return int(self.store.factors[op.inputs[1]].shape[0 if contracts_second(op.equation) else 1])
+
+    def _old_bias(self) -> ir.Value | None:
+        inputs = self.use.node.inputs
+        return inputs[2] if self.gemm and len(inputs) > 2 else None
+
+    def _gemm(self, op: Op, inputs: list[ir.Value]) -> Part:
+        """The last product takes over the scales and the bias of the old Gemm."""
+        self.scaled = True
+        width, bias, beta = self.width(op.output), self._old_bias(), self.beta
+        if self.bias is not None:
+            bias, beta, self.bias = self.store.bias(self.bias, (-1,), self.dtype), 1.0, None
+        if bias is None and self.alpha == 1.0:
+            return self.node("MatMul", op.output, inputs, width)
+        attributes: Attributes = {}
+        if self.alpha != 1.0:
+            attributes["alpha"] = self.alpha
+        if beta != 1.0 and bias is not None:
+            attributes["beta"] = beta
+        return self.node("Gemm", op.output, [*inputs, bias] if bias is not None else inputs, width, attributes)
+
+    def finished(self, part: Part) -> Part:
+        """``alpha y + beta C`` of a Gemm whose block does not end in a product, or a new bias; constants are folded."""
+        if self.scaled:
+            return part
+        if self.alpha != 1.0:
+            scale = self.store.scalar("alpha", self.alpha, self.dtype)
+            part = self.node("Mul", "scaled", [part.value, scale], part.width)
+        if self.bias is not None:
+            bias: ir.Value | None = self.store.bias(self.bias, (-1,), self.dtype)
+        else:
+            bias = self._scaled(self._old_bias())
+        return part if bias is None else self.node("Add", "biased", [part.value, bias], part.width)
+
+    def _scaled(self, bias: ir.Value | None) -> ir.Value | None:
+        if bias is None or self.beta == 0.0:
+            return None
+        if self.beta == 1.0:
+            return bias
+        tensor = stored(bias)
+        if tensor is not None and not bias.is_graph_input() and tensor.dtype in FLOATS:
+            dtype = tensor.dtype.numpy()
+            values = np.asarray(array(tensor) * np.asarray(self.beta, dtype=dtype), dtype=dtype)
+            return self.store.constant(f"{bias.name}.tdc_scaled", values, tensor.dtype)
+        factor = self.store.scalar("beta", self.beta, self.dtype)
+        return self.node("Mul", "bias", [bias, factor], 1, shape=bias.shape).value
