@@ -30,7 +30,7 @@ class Use:
 
     @property
     def is_linear(self) -> bool:
-        return _operator(self.node) == "linear"
+        return _operator(self.node) not in _CONVOLUTIONS
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -58,12 +58,13 @@ class Capture:
         """Name of the vector that the input of a linear operator has just been multiplied with, by a normalisation or
         by itself.
         """
-        node = use.node.args[0]
+        node = use.node.args[_SLOTS[_operator(use.node)][0]]
+        width = node.meta["val"].shape[-1]  # type: ignore[union-attr]
         while isinstance(node, fx.Node) and _operator(node) in _HAND_ON:
             node = node.args[0]
         if not isinstance(node, fx.Node):
             return None
-        name, width = _operator(node), use.node.args[_SLOTS["linear"][1]].meta["val"].shape[-1]  # type: ignore
+        name = _operator(node)
         if name in ("layer_norm", "rms_norm"):
             operands: tuple[Any, ...] = node.args[2:3]
         else:
@@ -79,7 +80,7 @@ class Capture:
             return None
         path, node = _module_of(users[0]), users[0]
         module = model.get_submodule(path)
-        calls = [n for n in node.graph.nodes if _operator(n) in _NORMS and _module_of(n) == path]
+        calls = [n for n in use.node.graph.nodes if _operator(n) in _NORMS and _module_of(n) == path]
         if not isinstance(module, NORMS) or module.running_mean is None or len(calls) != 1:
             return None
         if module._forward_hooks or module._forward_pre_hooks or _channel_axis(use.node) != 1:
@@ -90,22 +91,21 @@ class Capture:
         return Norm(module, paths, node)
 
     def pointwise_consumer(self, use: Use, norm: Norm | None = None) -> int | None:
-        """Position of the one linear operator that reads this one's output through functions only that work on each of
-        its outputs (of a convolution: on each channel) by itself.
+        """Position of the one linear operator that reads this one's output through elementwise functions only. The
+        output is that of the normalisation where one is folded.
 
-        The output is that of the normalisation where one is folded.
+        None for convolutions: a gather of their channels costs little, and each keeps its order.
         """
+        if not use.is_linear:
+            return None
         source = use.node if norm is None else norm.output
         inside, frontier, readers = {source}, [source], set()
-        conv = _operator(use.node) in _CONVOLUTIONS
-        if conv and _groups(use.node) != 1:
-            return None
         while frontier:
             node = frontier.pop()
             for user in node.users:
-                if _reads(user, activation=node) and (_operator(user) in _CONVOLUTIONS) == conv and _groups(user) == 1:
+                if _reads(user, activation=node) and _operator(user) not in _CONVOLUTIONS:
                     readers.add(user)
-                elif not (_keeps_channels(user) if conv else _passes(user, node)):
+                elif not _passes(user, node):
                     return None
                 elif user not in inside:
                     inside.add(user)
@@ -125,14 +125,6 @@ _POINTWISE = frozenset(
     relu_ relu6_ silu_ hardtanh_ hardswish_ hardsigmoid_ leaky_relu_ elu_ selu_ celu_ mish_ clamp_ clamp_min_ add_ mul_
     """.split()
 )
-_BY_CHANNEL = frozenset(
-    """
-    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d
-    upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d dropout2d
-    feature_dropout
-    """.split()
-)
 _HAND_ON = frozenset(["to", "_to_copy", "dropout", "clone", "contiguous", "view", "reshape", "detach"])
 _RESHAPES = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten"])
 _NORMS = frozenset(["batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"])
@@ -144,19 +136,6 @@ _SLOTS = {"linear": (0, 1), "addmm": (1, 2), **dict.fromkeys(_CONVOLUTIONS, (0, 
 def _operator(node: fx.Node) -> str:
     """``aten.conv2d.padding -> conv2d``; '' for what is no operator of torch."""
     return str(node.target).partition("aten.")[2].partition(".")[0] if node.op == "call_function" else ""
-
-
-def _keeps_channels(node: fx.Node) -> bool:
-    """An elementwise operator, or one that works on each channel by itself."""
-    return _operator(node) in _POINTWISE or _operator(node) in _BY_CHANNEL
-
-
-def _groups(node: fx.Node) -> int:
-    """Groups of a convolution; 1 for a linear operator."""
-    place = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "convolution": 8}.get(_operator(node))
-    if place is None:
-        return 1
-    return int(node.args[place]) if len(node.args) > place else int(node.kwargs.get("groups", 1))  # type: ignore
 
 
 def _channel_axis(node: fx.Node) -> int:

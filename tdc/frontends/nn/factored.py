@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ...ir import Block, Op, Window, conv_shape
 from .layers import memory_format, padded, stored_weight
+from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
 
 __all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored", "place"]
 
@@ -146,10 +147,12 @@ class FactoredConv(Factored):
         sizes = dict(block.sizes)
         self.groups = sizes["g"]
         self.in_channels, self.out_channels = self.groups * sizes["i"], self.groups * sizes["o"]
+        self.__dict__["_ungathered"] = without_gathers(block.ops) if self.groups == 1 else block.ops
 
     def forward(self, input: Tensor) -> Tensor:
         batched = input if input.ndim == len(self.block.kind.windows) + 2 else input[None]
-        result = self._run(padded(self.__dict__["_skeleton"], batched), self.bias, self.block.ops)
+        ops = self.block.ops if memory_format(batched) is None else self.__dict__["_ungathered"]
+        result = self._run(padded(self.__dict__["_skeleton"], batched), self.bias, ops)
         return result if batched is input else result[0]
 
     def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
@@ -219,7 +222,16 @@ _CONVOLVE: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.co
 
 
 def _conv(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    activation, factor = values[op.inputs[0]], getattr(module, f"weight_{op.inputs[1]}")
+    return _convolved(module, op, values[op.inputs[0]], getattr(module, f"weight_{op.inputs[1]}"), bias)
+
+
+def _whole(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    coef, index = (getattr(module, f"weight_{name}") for name in op.inputs[1:])
+    factor = whole_rows(coef, index) if op.kind == ROWS else whole_columns(coef, index)
+    return _convolved(module, op, values[op.inputs[0]], factor, bias)
+
+
+def _convolved(module: Factored, op: Op, activation: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     kernel = factor.reshape(conv_shape(op, factor.shape)) if factor.ndim < activation.ndim else factor
     pads = [window.padding(n) for window, n in zip(op.windows, activation.shape[2:], strict=True)]
     if any(before != after for before, after in pads):
@@ -245,3 +257,4 @@ def _add(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | 
 
 
 _EMIT: dict[str, Any] = {"matmul": _matmul, "conv": _conv, "take": _take, "concat": _concat, "add": _add}
+_EMIT |= {ROWS: _whole, COLUMNS: _whole}
