@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tdc import decompositions
-from tdc.ir import Metric, Remark, Site
+from tdc.ir import Candidate, Layout, Metric, Remark, Site
+from tdc.statistics import SiteStatistics
 
 from .base import Pass, SiteErrors, Unit
 from .fit_factors import left_dense
@@ -23,7 +24,8 @@ _ROUNDING = 1e-4
 @dataclass(frozen=True)
 class CheckError(Pass):
     """Rebuilds every site from its stored factors and measures the relative squared error, in the metric and of the
-    weight; and what its bias must take up, ``(W - W_hat) E[x]``.
+    weight, the former as it is to be expected on other data than those of the fit; and what its bias must take up,
+    ``(W - W_hat) E[x]``.
 
     A site that lost everything (error 1 or more: worse than a zero weight) stays dense; one that lost more than planned
     gets a remark.
@@ -44,10 +46,12 @@ class CheckError(Pass):
                 continue
             weight = unit.program.weight(choice.site).double()
             stored = {k: f.double() if f.is_floating_point() else f for k, f in unit.factors[order].items()}
-            rebuilt = decompositions.rebuild(stored, lowered(unit.target, choice)[0])
-            metric = metric_of(unit, choice.site, known.get(order), weight)
+            layout, _ = lowered(unit.target, choice)
+            rebuilt = decompositions.rebuild(stored, layout)
+            metric = metric_of(unit, choice.site, known.get(order), weight, fitting=False)
+            expected = _optimism(choice, layout, known.get(order)) if metric.name != "weight" else 1.0
             errors[order] = found = SiteErrors(
-                _relative(weight, rebuilt, metric, choice.site),
+                expected * _relative(weight, rebuilt, metric, choice.site),
                 _relative(weight, rebuilt, Metric("weight"), choice.site),
             )
             shift = decompositions.bias_shift(weight - rebuilt, metric)
@@ -78,6 +82,15 @@ def _relative(weight: Tensor, rebuilt: Tensor, metric: Metric, site: Site) -> fl
     if whole <= 0:
         return 0.0 if lost == 0 else float("inf")
     return lost / whole
+
+
+def _optimism(choice: Candidate, layout: Layout, entry: SiteStatistics | None) -> float:
+    """``(N + p) / (N - p)``: by how much the error on other data exceeds that on the N rows of a least-squares fit of p
+    coordinates (Hocking 1976), up to a factor of three.
+    """
+    fitted = decompositions.get(choice.decomposition).fitted(layout)
+    rows = entry.rows if entry is not None else 0
+    return (rows + fitted) / (rows - fitted) if rows > 2 * fitted else 3.0
 
 
 def _projection_error(dense: Tensor, rebuilt: Tensor, moment: Tensor) -> float:

@@ -51,14 +51,14 @@ class ProposeLayouts(Pass):
         return unit.having(candidates=proposed).remarking(*remarks)
 
 
-def metric_of(unit: Unit, site: Site, entry: SiteStatistics | None, weight: Tensor) -> Metric:
+def metric_of(unit: Unit, site: Site, entry: SiteStatistics | None, weight: Tensor, *, fitting: bool = True) -> Metric:
     """The metric of one site: ``input`` where the unit uses statistics and has some of this site, else ``weight``, with
     the gain of a normalisation in front folded into the weight.
     """
     if metric_name(unit) == "weight" or entry is None or unit.statistics is None:
         gain = unit.program.gain(site)
         return Metric("weight", None if gain is None else torch.diag(gain.double().square()))
-    return unit.statistics.metric(entry, weight)
+    return unit.statistics.metric(entry, weight, fitting=fitting)
 
 
 def metric_name(unit: Unit) -> str:

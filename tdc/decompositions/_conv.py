@@ -7,11 +7,11 @@ from math import prod
 
 from torch import Tensor
 
-from ..ir import Metric
+from ..ir import Layout, Metric
 from ._linalg import energy
 from ._modes import ModeCurves, ModeFit, fit_modes, mode_curves
 
-__all__ = ["ModeProblem", "geometric", "mode_problem", "taps"]
+__all__ = ["ModeProblem", "geometric", "mode_problem", "taps", "weight_axes"]
 
 _POINTS = 12
 
@@ -19,6 +19,11 @@ _POINTS = 12
 def taps(axes: Mapping[str, int]) -> int:
     """Number of window positions of a convolution's weight."""
     return prod(size for axis, size in axes.items() if axis not in ("g", "o", "i"))
+
+
+def weight_axes(layout: Layout) -> dict[str, int]:
+    """The axes of the weight among those of a layout."""
+    return {axis: layout.axes[axis] for axis in layout.rebuild.output.axes}
 
 
 def geometric(limit: int, multiple: int) -> list[int]:

@@ -52,6 +52,10 @@ class Decomposition(ABC):
         """Whether the fit needs the second moment of the input, or that of the output will do."""
         return not self.projects_outputs
 
+    def fitted(self, layout: Layout) -> int:
+        """Coordinates of the input whose coefficients a least-squares fit on the calibration data chose."""
+        return 0
+
     @abstractmethod
     def full_ranks(self, axes: Mapping[str, int], variant: str) -> dict[str, int]:
         """The ranks at which the variant is exact for every weight of these axes."""

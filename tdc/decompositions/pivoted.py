@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._conv import geometric, mode_problem, taps
+from ._conv import geometric, mode_problem, taps, weight_axes
 from ._linalg import low_rank, pivoted_columns, pivoted_rows
 from .base import Decomposition, Factors
 
@@ -91,8 +91,12 @@ class Pivoted(Decomposition):
         table = {r: dict(zip(outputs, problem.curves.errors(r, outputs), strict=True)) for r in inner}
         return problem.relative([table[ranks["r"]][ranks["s"]] for ranks in lattice])
 
+    def fitted(self, layout: Layout) -> int:
+        projected = "rows" in layout.rebuild.factors or taps(weight_axes(layout)) == 1
+        return 0 if projected else layout.axes["r"] * taps(weight_axes(layout))
+
     def fit(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
-        axes = {axis: layout.axes[axis] for axis in layout.rebuild.output.axes}
+        axes = weight_axes(layout)
         names = layout.rebuild.factors
         if "core" in names:
             parts = _fit_both(weight, axes, layout, metric)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._conv import mode_problem, taps
+from ._conv import mode_problem, taps, weight_axes
 from .base import Decomposition, Factors
 
 __all__ = ["SpatialSVD"]
@@ -50,9 +50,11 @@ class SpatialSVD(Decomposition):
         problem = mode_problem(weight, axes, metric, inner=2)
         return problem.relative([problem.curves.error(ranks["r"]) for ranks in lattice])
 
+    def fitted(self, layout: Layout) -> int:
+        return layout.axes["r"] * (taps(weight_axes(layout)) // layout.axes["p"])
+
     def fit(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
-        axes = {axis: layout.axes[axis] for axis in layout.rebuild.output.axes}
-        found = mode_problem(weight, axes, metric, inner=2).fit(layout.axes["r"], None)
+        found = mode_problem(weight, weight_axes(layout), metric, inner=2).fit(layout.axes["r"], None)
         shapes = layout.shapes
         return {"u": found.core.reshape(shapes["u"]).contiguous(), "v": found.inner.reshape(shapes["v"]).contiguous()}
 

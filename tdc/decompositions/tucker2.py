@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._conv import geometric, mode_problem, taps
+from ._conv import geometric, mode_problem, taps, weight_axes
 from .base import Decomposition, Factors
 
 __all__ = ["Tucker2"]
@@ -53,9 +53,11 @@ class Tucker2(Decomposition):
         table = {r: dict(zip(outputs, problem.curves.errors(r, outputs), strict=True)) for r in inner}
         return problem.relative([table[ranks["r"]][ranks["s"]] for ranks in lattice])
 
+    def fitted(self, layout: Layout) -> int:
+        return layout.axes["r"] * taps(weight_axes(layout))
+
     def fit(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
-        axes = {axis: layout.axes[axis] for axis in layout.rebuild.output.axes}
-        found = mode_problem(weight, axes, metric, inner=1).fit(layout.axes["r"], layout.axes["s"])
+        found = mode_problem(weight, weight_axes(layout), metric, inner=1).fit(layout.axes["r"], layout.axes["s"])
         assert found.outer is not None
         parts = {"u": found.outer, "core": found.core, "v": found.inner}
         return {name: part.reshape(layout.shapes[name]).contiguous() for name, part in parts.items()}

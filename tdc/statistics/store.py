@@ -91,9 +91,9 @@ class Statistics:
         found = assign(sites, [entry.site for entry in self.sites])
         return {site.order: known[id(match)] for site, match in zip(sites, found, strict=True) if match is not None}
 
-    def metric(self, entry: SiteStatistics, weight: Tensor) -> Metric:
-        """The site's ``input`` metric, float64: its moment, without the mean where a bias takes that up, shrunk for its
-        number of rows (see :func:`shrunk`). ``weight`` is the canonical one.
+    def metric(self, entry: SiteStatistics, weight: Tensor, *, fitting: bool = True) -> Metric:
+        """The site's ``input`` metric, float64: its moment, without the mean where a bias takes that up; for fitting
+        shrunk for its number of rows (see :func:`shrunk`), for measuring as it is. ``weight`` is the canonical one.
         """
         moment, mean = self.moments[entry.moment].double(), self.means[entry.moment].double()
         if entry.side == "output":
@@ -105,7 +105,7 @@ class Statistics:
         if entry.site.bias:
             moment = moment - mean[..., :, None] * mean[..., None, :]
             moment.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
-        return Metric("input", shrunk(moment, entry.rows), mean if entry.site.bias else None)
+        return Metric("input", shrunk(moment, entry.rows) if fitting else moment, mean if entry.site.bias else None)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, all or nothing. Raises DestinationError."""
