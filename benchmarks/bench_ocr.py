@@ -29,8 +29,7 @@ WORDS = (
 SIZES = ((320, 320), (480, 640))
 FORMATS = ("input_svd", "output_svd", "spatial_svd", "tucker2", "svd")
 METHODS: dict[str, dict[str, Any]] = {
-    "SVD, no data, uniform": {"allow": ("output_svd", "svd"), "metric": "weight", "allocation": "uniform"},
-    "SVD, no data, allocated": {"allow": ("output_svd", "svd"), "metric": "weight"},
+    "SVD, no data": {"allow": ("output_svd", "svd"), "metric": "weight"},
     "input metric, without gathers": {"allow": FORMATS},
     "input metric (default)": {},
 }

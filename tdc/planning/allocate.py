@@ -14,8 +14,9 @@ __all__ = ["Option", "allocate", "allocate_uniform", "prefer_compressed"]
 
 _BISECTIONS = 200
 _ROUNDS = 60
-_BAND = 0.01
+_BAND = 0.03
 """Differences of predicted loss below this fraction say nothing."""
+_LEAST_SAVING = 0.01
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,15 @@ def _fill(options: Sequence[Sequence[Option]], chosen: list[int], allowed: Mappi
 def prefer_compressed(options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> list[int]:
     """Take dense sites into the compressed space where that is as good, within the band of the prediction.
 
-    All of them together may add one hundredth to the predicted loss, each an equal share of it, and each must save one
-    hundredth of its parameters.
+    All of them together may add three hundredths to the predicted loss, each an equal share of it, and each must save
+    one hundredth of its parameters.
     """
     chosen = list(chosen)
     dense = [s for s, site in enumerate(options) if chosen[s] == len(site) - 1]
     share = _BAND * _loss(options, chosen) / max(len(dense), 1)
     for s in dense:
         whole = options[s][-1]
-        most = (1 - _BAND) * whole.cost.params
+        most = (1 - _LEAST_SAVING) * whole.cost.params
         fitting = [k for k, o in enumerate(options[s][:-1]) if o.loss <= whole.loss + share and o.cost.params <= most]
         if fitting:
             chosen[s] = min(fitting, key=lambda k: (options[s][k].cost.params, options[s][k].loss))
