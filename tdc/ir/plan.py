@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import PlanError
 from .metric import METRICS
 from .remark import Remark
-from .site import Site
+from .site import Site, assign
 
 __all__ = ["DENSE", "PLAN_VERSION", "Candidate", "Cost", "Plan"]
 
@@ -70,7 +70,8 @@ class Plan:
     """Decisions for all candidate sites, with what they were made from.
 
     ``statistics`` is the digest of the statistics, '' for the metric ``weight``. Two plans are equal if they have the
-    same metric, digest, target and budget and decide the same for the same weights, whatever the names and the order.
+    same metric, digest, target and budget and decide the same for the same weights, whatever the names and the order;
+    weights are the same as far as their sketches tell (see :func:`tdc.ir.same_weight`).
     """
 
     choices: tuple[Candidate, ...] = ()
@@ -83,14 +84,18 @@ class Plan:
     remarks: tuple[Remark, ...] = ()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Plan) and self._decisions() == other._decisions()
+        if not isinstance(other, Plan) or self._head() != other._head():
+            return False
+        theirs = {id(choice.site): choice for choice in other.choices}
+        found = assign([choice.site for choice in self.choices], [choice.site for choice in other.choices])
+        pairs = zip(self.choices, found, strict=True)
+        return all(site is not None and _same_decision(choice, theirs[id(site)]) for choice, site in pairs)
 
     def __hash__(self) -> int:
-        return hash(self._decisions())
+        return hash(self._head())
 
-    def _decisions(self) -> tuple[object, ...]:
-        ordered = sorted(self.choices, key=lambda c: (c.site.kind.value, c.site.sizes, c.site.sketch))
-        return (self.metric, self.statistics, self.target, self.budget, self.allocation, tuple(ordered))
+    def _head(self) -> tuple[object, ...]:
+        return (self.metric, self.statistics, self.target, self.budget, self.allocation, len(self.choices))
 
     @property
     def cost(self) -> Cost:
@@ -153,6 +158,10 @@ class Plan:
         from .text import plan_table
 
         return plan_table(self)
+
+
+def _same_decision(a: Candidate, b: Candidate) -> bool:
+    return (a.decomposition, a.variant, a.ranks) == (b.decomposition, b.variant, b.ranks)
 
 
 def _remark_out(remark: Remark) -> dict[str, str]:

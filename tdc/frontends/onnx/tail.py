@@ -100,11 +100,19 @@ def _folds(
 
 
 def _norm(node: ir.Node) -> np.ndarray:
-    """(2, outputs): factor and summand of a normalisation."""
-    gamma, beta, mean, variance = (np.asarray(known(value), dtype=np.float64) for value in node.inputs[1:5])
+    """(2, outputs): factor and summand of a normalisation, float64.
+
+    The factor is worked out in float32 (float64 for float64), as exporters do it when they fold, so that a folded file
+    and one that is not hold the same weight to the last bit.
+    """
+    arrays = [np.asarray(known(value)) for value in node.inputs[1:5]]
+    exact = np.float64 if arrays[3].dtype == np.float64 else np.float32
+    gamma, beta, mean, variance = (array.astype(exact) for array in arrays)
+    epsilon = np.full_like(variance, node.attributes.get_float("epsilon", 1e-5))
     with np.errstate(all="ignore"):
-        factor = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
-        return np.stack([factor, beta - mean * factor])
+        factor = gamma / np.sqrt(np.add(variance, epsilon))
+        wide = factor.astype(np.float64)
+        return np.stack([wide, beta.astype(np.float64) - mean.astype(np.float64) * wide])
 
 
 def gain(behind: Tail) -> np.ndarray | None:
