@@ -27,6 +27,8 @@ from .report import Report
 from .statistics import Statistics
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from .frontends.program import Program
 
 __all__ = ["calibrate", "compress", "compress_onnx", "densify", "load", "plan", "report", "save"]
@@ -218,13 +220,18 @@ def compress_onnx(
     return stored_report(out)
 
 
-def report(small: nn.Module | str | Path) -> Report:
-    """What TDC did to a module, or to the ``.tdc`` or ``.onnx`` file at a path.
+def report(small: nn.Module | ExportedProgram | str | Path) -> Report:
+    """What TDC did to a module (also one that ``torch.compile(model, backend="tdc")`` gave), to an exported program, or
+    to the ``.tdc`` or ``.onnx`` file at a path.
 
     Raises:
         ModelError: the module or file does not come from TDC, or cannot be read.
     """
     if isinstance(small, nn.Module):
+        from ._doors import compiled_report
+
+        return compiled_report(small) or _record(small)[0]
+    if not isinstance(small, (str, Path)):
         return _record(small)[0]
     return stored_report(Path(small))
 
@@ -254,8 +261,8 @@ def densify(small: M) -> M:
     return dense
 
 
-def _record(small: nn.Module) -> tuple[Report, Plan]:
-    record = small.__dict__.get(RECORD)
+def _record(small: nn.Module | ExportedProgram) -> tuple[Report, Plan]:
+    record = getattr(small, "__dict__", {}).get(RECORD)
     if record is None:
         raise ModelError("this module was not made by tdc.compress or tdc.load: there is no report")
     return record

@@ -18,15 +18,17 @@ ROOT = Path(__file__).parents[1]
 LINKS = ("kernels", "passes")
 
 LEAVES = {"errors", "files", "options", "progress"}
-FRONTENDS = {"frontends", "frontends.fx", "frontends.nn", "frontends.onnx", "frontends.program"}
+SHARED = {"frontends.count", "frontends.graph", "frontends.program"}
+"""What several frontends use."""
+FRONTENDS = {"frontends", "frontends.fx", "frontends.nn", "frontends.onnx"} | SHARED
 MAY_IMPORT: dict[str, set[str]] = {
     "ir": {"errors"},
     "decompositions": {"ir"} | LEAVES,
     "statistics": {"ir"} | LEAVES,
     "planning": {"ir"} | LEAVES,
     "kernels": {"ir"} | LEAVES,
-    "frontends.program": {"ir"} | LEAVES,
-    **{room: {"frontends.program", "ir"} | LEAVES for room in FRONTENDS - {"frontends.program"}},
+    **{room: {"ir"} | LEAVES for room in SHARED},
+    **{room: {"ir"} | SHARED | LEAVES for room in FRONTENDS - SHARED},
     "targets": {"ir", "kernels"} | LEAVES,
     "passes": {"ir", "decompositions", "statistics", "planning", "kernels", "targets"} | FRONTENDS | LEAVES,
     **dict.fromkeys(LEAVES, LEAVES),

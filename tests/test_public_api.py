@@ -34,6 +34,9 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "save": (("small", "path"), set()),
     "load": (("path", "model"), set()),
     "compress_onnx": (("source", "destination"), set()),
+    "compress_export": (("program",), {"budget", "calibration", "plan", "statistics"}),
+    "wait": (("compiled",), {"timeout"}),
+    "refresh": (("compiled",), set()),
 }
 CLASSES = {"Plan", "Report", "Statistics"}
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import tdc
 from tdc import decompositions
+from tdc.frontends.count import Counter
 from tdc.frontends.nn import NnProgram
-from tdc.frontends.nn.count import Counter
 from tdc.ir import Candidate, Plan, Site
 from tdc.testing import applicable, random_cnn, variants_of
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...ir import Block, Op, Window, conv_shape
-from .layers import memory_format, padded, stored_weight
+from ..graph import memory_format
+from .layers import padded, stored_weight
 from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
 
 __all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored", "place"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx, nn
+
+from ..graph import fold_norm
 
 __all__ = ["Norm", "fold"]
 
@@ -24,17 +25,5 @@ class Norm:
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """``W' = diag(s) W`` and ``b' = beta + s (b - mean)`` with ``s = gamma / sqrt(var + eps)``.
-
-    ``weight`` (outputs, ...); the results have its dtype. Worked out in float32 (float64 for float64) and in this
-    order, as exporters do it, so that a module and its export hold the same weight to the last bit; for torch's root of
-    float32 numbers is not always the nearest one, it is taken in float64.
-    """
-    exact = weight.dtype if weight.dtype == torch.float64 else torch.float32
-    state = {name: t.detach().to(exact) for name, t in (*norm.named_parameters(), *norm.named_buffers())}
-    var, mean = state["running_var"], state["running_mean"]
-    root = (var + float(norm.eps)).double().sqrt().to(exact)  # type: ignore[arg-type]
-    scale = state.get("weight", torch.ones_like(var)) / root
-    centred = -mean if bias is None else bias.to(exact) - mean
-    folded = weight.to(exact) * scale.reshape(-1, *([1] * (weight.ndim - 1)))
-    return folded.to(weight.dtype), (centred * scale + state.get("bias", 0.0)).to(weight.dtype)
+    """Weight and bias that do the work of the normalisation as well, see :func:`tdc.frontends.graph.fold_norm`."""
+    return fold_norm(weight, bias, {**norm._parameters, **norm._buffers}, float(norm.eps))  # type: ignore[arg-type]

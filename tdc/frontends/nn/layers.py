@@ -12,7 +12,6 @@ __all__ = [
     "NORMS",
     "canonical_weight",
     "kind_of",
-    "memory_format",
     "padded",
     "stored_weight",
     "weight_sizes",
@@ -25,7 +24,6 @@ _CONVS: dict[type[nn.Module], OpKind] = {
     nn.Conv3d: OpKind.CONV3D,
 }
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def kind_of(module: nn.Module) -> OpKind | None:
@@ -92,11 +90,3 @@ def padded(module: nn.Module, activation: Tensor) -> Tensor:
     if mode == "zeros":
         return activation
     return functional.pad(activation, module._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
-
-
-def memory_format(tensor: Tensor) -> torch.memory_format | None:
-    """The channels-last format of a tensor that has it and is not contiguous as well."""
-    wanted = _FORMATS.get(tensor.ndim)
-    if wanted is None or tensor.is_contiguous():
-        return None
-    return wanted if tensor.is_contiguous(memory_format=wanted) else None

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ...errors import CalibrationError, ModelError
 from ...ir import Cost, Decline, Remark, Site, window_attributes
+from ..count import Counter
+from ..graph import floating_outputs, memory_format
 from ..program import Change, Replacement, Tap, passed_over_weight, sketch
 from .batches import Call, as_call, as_calls
-from .capture import Capture, Use, capture, floating_outputs
-from .count import Counter
+from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
 from .fold import Norm, fold
-from .layers import canonical_weight, kind_of, memory_format, padded, stored_weight, weight_sizes, windows_of
+from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
 from .running import evaluation, holding, pre_hooks, standing_in
 from .weights import (
     Weight,

@@ -39,7 +39,8 @@ def folded(spec: Spec) -> tuple[np.ndarray, np.ndarray | None]:
     bias = np.zeros(len(tensors["b"])) + ("conv" in parts) * tensors["b"] + ("add" in parts) * tensors["a"].reshape(-1)
     if "norm" not in parts:
         return tensors["w"], None if not parts else tensors["b"] if "conv" in parts else bias
-    scale = tensors["gamma"] / np.sqrt(tensors["variance"] + np.float32(1e-3))
+    single = given["gamma"] / np.sqrt(given["variance"] + np.float32(1e-3))  # in float32, as exporters fold
+    scale = single.astype(np.float64)
     weight = tensors["w"] * scale.reshape(-1, *[1] * (tensors["w"].ndim - 1))
     return weight, tensors["beta"] + (bias - tensors["mean"]) * scale
 

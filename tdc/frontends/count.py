@@ -1,4 +1,4 @@
-"""Counting multiply-adds, and the bytes of activations, while a module runs."""
+"""Counting multiply-adds, and the bytes of activations, while a model runs."""
 
 from __future__ import annotations
 

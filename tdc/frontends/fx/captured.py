@@ -1,0 +1,204 @@
+"""ATen graphs with the tensors that are constant in them, and running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ...errors import CalibrationError
+from ..graph import BATCH_NORMS, floating_outputs, operator
+
+__all__ = ["Bound", "Captured", "Override", "Values", "passes_on", "undisturbed"]
+
+Values = tuple[Any, ...]
+"""Arguments of a graph in the order of those placeholders that are not constants."""
+
+Override = Callable[[tuple[Any, ...]], Any]
+"""Takes the arguments of a node, gives what the node shall give."""
+Watch = Callable[[Any], None]
+
+
+def _flat(batch: Any) -> Values:
+    if not isinstance(batch, (tuple, list)):
+        raise CalibrationError(f"a batch must be a tuple of the graph's inputs; got {type(batch).__name__}")
+    return tuple(batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A graph of pre-dispatch ATen operators.
+
+    ``names`` has the qualified names of every constant: a placeholder that the model holds (a weight, a buffer), or a
+    ``get_attr``. ``read`` turns a user's batch into the values of the other placeholders; ``label`` names what the
+    graph returns; ``context`` is entered around every run.
+    """
+
+    module: fx.GraphModule
+    names: Mapping[fx.Node, tuple[str, ...]]
+    read: Callable[[Any], Values] = _flat
+    label: Callable[[Any], Mapping[str, Tensor]] = floating_outputs
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @cached_property
+    def placeholders(self) -> tuple[fx.Node, ...]:
+        return tuple(self.module.graph.find_nodes(op="placeholder"))
+
+    @cached_property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        return tuple(node for node in self.placeholders if node not in self.names)
+
+    @cached_property
+    def positions(self) -> dict[fx.Node, int]:
+        return {node: k for k, node in enumerate(self.module.graph.nodes)}
+
+    @cached_property
+    def written(self) -> frozenset[fx.Node]:
+        """Placeholders whose memory the graph writes to (a cache, the running mean of a normalisation in training)."""
+        found = set()
+        for node in self.module.graph.nodes:
+            found |= {_owner(argument) for argument in _written(node)}
+        return frozenset(node for node in found if node.op in ("placeholder", "get_attr"))
+
+    @cached_property
+    def sizes(self) -> dict[fx.Node, tuple[int, int]]:
+        """Symbolic size among the inputs -> (place of a tensor among them, axis) that has it."""
+        known: dict[str, tuple[int, int]] = {}
+        for k, node in enumerate(self.inputs):
+            value = node.meta.get("val")
+            if isinstance(value, Tensor):
+                for axis, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt):
+                        known.setdefault(str(size), (k, axis))
+        symbols = {n: str(n.meta.get("val")) for n in self.inputs if isinstance(n.meta.get("val"), torch.SymInt)}
+        return {node: known[symbol] for node, symbol in symbols.items() if symbol in known}
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that an operator writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return
+    for declared, given in zip(schema.arguments, node.args, strict=False):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            yield from (a for a in (given if isinstance(given, (tuple, list)) else [given]) if isinstance(a, fx.Node))
+    if operator(node) == "batch_norm" and node.args[5]:
+        yield from (a for a in node.args[3:5] if isinstance(a, fx.Node))
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The value whose memory a view shows."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        views = schema is not None and any(a.alias_info is not None for a in schema.arguments[:1])
+        if not views or not node.args or not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    return node
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A captured graph with its constants. Everything leaves them, and what is given, as it was."""
+
+    captured: Captured
+    tensors: Mapping[fx.Node, Tensor] = field(repr=False)
+
+    def run(
+        self,
+        values: Values,
+        taps: Mapping[fx.Node, Sequence[Watch]] | None = None,
+        changes: Mapping[fx.Node, Override] | None = None,
+    ) -> Any:
+        """What the graph gives. ``taps``: called with the first argument of a node before the node runs.
+
+        Raises CalibrationError if the graph cannot run.
+        """
+        given = dict(zip(self.captured.inputs, values, strict=True))
+        try:
+            given, fewer = self._fitting(given)
+            arguments = [self._argument(node, given) for node in self.captured.placeholders]
+            own = {node: self._copy_of(node) for node in self.captured.written if node.op == "get_attr"}
+            runner = _Runner(self.captured.module, taps or {}, {**own, **(changes or {})})
+            with undisturbed(), self.captured.context():
+                return fewer(runner.run(*arguments, enable_io_processing=False))
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            raise CalibrationError(f"the graph cannot run on a batch: {type(error).__name__}: {first}") from error
+
+    def outputs(self, values: Values, changes: Mapping[fx.Node, Override]) -> Mapping[str, Tensor]:
+        return self.captured.label(self.run(values, changes=changes))
+
+    def _copy_of(self, node: fx.Node) -> Override:
+        return lambda args: self.tensors[node].clone()
+
+    def _argument(self, node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
+        value = self.tensors[node] if node in self.tensors else given[node]
+        if isinstance(value, Tensor):
+            value = value.clone() if node in self.captured.written or value.is_inference() else value.detach()
+        return value
+
+    def _fitting(self, given: dict[fx.Node, Any]) -> tuple[dict[fx.Node, Any], Callable[[Any], Any]]:
+        """The inputs with sizes that agree. A graph of one fixed batch size runs on fewer examples by repeating them;
+        the surplus of its outputs is cut off.
+        """
+        tensors = [given[node] for node in self.captured.inputs]
+        given = dict(given)
+        for node, (place, axis) in self.captured.sizes.items():
+            given[node] = int(tensors[place].shape[axis])
+        first = next((n for n in self.captured.inputs if isinstance(n.meta.get("val"), Tensor)), None)
+        if first is None or first.meta["val"].ndim == 0 or isinstance(first.meta["val"].shape[0], torch.SymInt):
+            return given, lambda output: output
+        whole, found = int(first.meta["val"].shape[0]), int(given[first].shape[0])
+        if not 0 < found < whole:
+            return given, lambda output: output
+        index = torch.arange(whole) % found
+        for node in self.captured.inputs:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == whole:
+                given[node] = given[node].index_select(0, index.to(given[node].device))
+
+        def cut(entry: Any) -> Any:
+            whole_batch = isinstance(entry, Tensor) and entry.ndim and entry.shape[0] == whole
+            return entry[:found] if whole_batch else entry
+
+        return given, lambda output: torch.utils._pytree.tree_map(cut, output)
+
+
+class _Runner(fx.Interpreter):
+    def __init__(
+        self, module: fx.GraphModule, taps: Mapping[fx.Node, Sequence[Watch]], changes: Mapping[fx.Node, Override]
+    ) -> None:
+        super().__init__(module)
+        self.taps, self.changes = taps, changes
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self.taps and n not in self.changes:
+            return super().run_node(n)
+        args = self.fetch_args_kwargs_from_env(n)[0]
+        for watch in self.taps.get(n, ()):
+            watch(args)
+        if n in self.changes:
+            return self.changes[n](args)
+        return super().run_node(n)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Plain torch inside: no gradients, no modes of whoever traces, and fixed random numbers that leave no trace."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+
+
+def passes_on(node: fx.Node) -> Override:
+    """In place of a normalisation that is folded into the layer before it."""
+    tuples = operator(node) in BATCH_NORMS - {"batch_norm"}
+    return lambda args: (args[0], None, None) if tuples else args[0]

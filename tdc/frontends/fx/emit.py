@@ -1,0 +1,189 @@
+"""Blocks as ATen nodes in place of the uses of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...errors import VerificationError
+from ...ir import Block, Op, Window, conv_shape
+from ..graph import memory_format
+from .match import Norm, Use
+
+__all__ = ["Emitter"]
+
+aten = torch.ops.aten
+_CONVOLVE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+Constant = Callable[[str, Tensor], fx.Node]
+
+
+@dataclass(eq=False)
+class Emitter:
+    """Writes blocks into one graph. ``constant`` makes a node that gives a tensor; equal names give the same node.
+
+    No node that it writes has only constant inputs: what follows from constants alone (slices of an index, a kernel
+    with all its window axes, a bias with all axes of the activation) is worked out here.
+    """
+
+    graph: fx.Graph
+    constant: Constant
+    _known: dict[str, fx.Node] = field(default_factory=dict)
+
+    def replace(
+        self, use: Use, norm: Norm | None, block: Block, factors: Mapping[str, Tensor], name: str, bias: Tensor | None
+    ) -> None:
+        """Put ``block`` in place of one use, and of the normalisation behind it. ``bias``: a new one in the order of
+        the block's output, None to keep the use's own.
+        """
+        line = _Line(self, use, block, factors, name, bias)
+        old = use.node if norm is None else norm.output
+        with self.graph.inserting_before(use.node):
+            new = line.write()
+        if "val" in old.meta:
+            new.meta["val"] = old.meta["val"]
+        old.replace_all_uses_with(new)
+        for node in (old, *(() if norm is None else (norm.node, use.node))):
+            if node.graph is self.graph and not node.users and not node._erased:
+                self.graph.erase_node(node)
+
+    def held(self, name: str, make: Callable[[], Tensor]) -> fx.Node:
+        if name not in self._known:
+            made = make()
+            self._known[name] = self.constant(name, made if memory_format(made) is not None else made.contiguous())
+        return self._known[name]
+
+
+class _Line:
+    """One block in place of one use."""
+
+    def __init__(
+        self,
+        emitter: Emitter,
+        use: Use,
+        block: Block,
+        factors: Mapping[str, Tensor],
+        name: str,
+        bias: Tensor | None,
+    ) -> None:
+        self.emitter, self.use, self.block, self.factors, self.name = emitter, use, block, factors, name
+        self.bias, self.conv = bias, block.kind.is_conv
+        self.axes = len(block.kind.windows)
+        self.axis = 1 if self.conv else -1
+        value = use.activation.meta.get("val")
+        self.unbatched = self.conv and isinstance(value, Tensor) and value.ndim == self.axes + 1
+        self.last_format = isinstance(value, Tensor) and memory_format(value) is not None
+        self.values: dict[str, fx.Node] = {}
+
+    def write(self) -> fx.Node:
+        entry = self.use.activation
+        self.values[self.block.input] = self.call(aten.unsqueeze.default, entry, 0) if self.unbatched else entry
+        emit = {
+            "matmul": self.matmul,
+            "conv": self.convolution,
+            "take": self.take,
+            "concat": self.concat,
+            "add": self.add,
+        }
+        for op in self.block.ops:
+            if op.kind not in emit:
+                raise VerificationError(f"the fx frontend cannot write '{op}'")
+            self.values[op.output] = emit[op.kind](op)
+        result = self.values[self.block.output]
+        last = next((op for op in self.block.ops if op.output == self.block.output), None)
+        if last is None or last.equation is None:
+            result = self.biased(result)
+        if self.unbatched:
+            result = self.call(aten.squeeze.dim, result, 0)
+        return result if self.use.rest is None else self.call(aten.add.Tensor, self.use.rest, result)
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        node = self.emitter.graph.call_function(target, args)
+        node.meta.update({key: self.use.node.meta[key] for key in _KEPT_META if key in self.use.node.meta})
+        return node
+
+    def held(self, part: str, make: Callable[[], Tensor]) -> fx.Node:
+        """A constant in the dtype in which the use reads its weight."""
+
+        def cast() -> Tensor:
+            made = make()
+            return made.to(self.use.dtype) if self.use.dtype is not None and made.is_floating_point() else made
+
+        return self.emitter.held(f"{self.name}_{part}", cast)
+
+    # ---- primitives
+
+    def matmul(self, op: Op) -> fx.Node:
+        factor = self.held(op.inputs[1], lambda: self.factors[op.inputs[1]])
+        bias = self.own_bias() if op.output == self.block.output else None
+        return self.call(aten.linear.default, self.values[op.inputs[0]], factor, *([] if bias is None else [bias]))
+
+    def convolution(self, op: Op) -> fx.Node:
+        stored = self.factors[op.inputs[1]]
+        kernel = self.held(
+            op.inputs[1], lambda: _in_format(stored.reshape(conv_shape(op, tuple(stored.shape))), stored)
+        )
+        activation = self.values[op.inputs[0]]
+        pads = [_fixed(window) for window in op.windows]
+        if any(before != after for before, after in pads):
+            wanted = [size for pair in reversed(pads) for size in pair]
+            activation = self.call(aten.constant_pad_nd.default, activation, wanted, 0.0)
+            pads = [(0, 0)] * len(pads)
+        bias = self.own_bias() if op.output == self.block.output else None
+        strides, dilations = [w.stride for w in op.windows], [w.dilation for w in op.windows]
+        before, groups = [first for first, _ in pads], dict(self.block.sizes)["g"]
+        return self.call(_CONVOLVE[self.axes], activation, kernel, bias, strides, before, dilations, groups)
+
+    def take(self, op: Op) -> fx.Node:
+        name, stored = op.inputs[1], self.factors[op.inputs[1]]
+        whole = (op.start, op.stop) == (0, len(stored))
+        part = name if whole else f"{name}_{op.start}_{op.stop}"
+        index = self.held(part, lambda: stored[op.start : op.stop])
+        activation = self.values[op.inputs[0]]
+        if not (self.conv and self.last_format):
+            return self.call(aten.index_select.default, activation, self.axis, index)
+        # Along the last axis of the memory, so that the result lies channels-last as well.
+        last = self.call(aten.movedim.int, activation, 1, -1)
+        return self.call(aten.movedim.int, self.call(aten.index_select.default, last, -1, index), -1, 1)
+
+    def concat(self, op: Op) -> fx.Node:
+        return self.call(aten.cat.default, [self.values[name] for name in op.inputs], self.axis)
+
+    def add(self, op: Op) -> fx.Node:
+        return self.call(aten.add.Tensor, *(self.values[name] for name in op.inputs))
+
+    # ---- bias
+
+    def own_bias(self) -> fx.Node | None:
+        """One number per output."""
+        bias = self.bias
+        return self.use.bias if bias is None else self.held("bias", lambda: bias)
+
+    def biased(self, result: fx.Node) -> fx.Node:
+        """The result of a block that does not end in a product, with the bias added."""
+        bias, ends = self.bias, [1] * (self.axes if self.conv else 0)
+        if bias is not None:
+            return self.call(aten.add.Tensor, result, self.held("bias", lambda: bias.reshape(-1, *ends)))
+        if self.use.bias is None:
+            return result
+        own = self.use.bias
+        if ends:
+            own = self.call(aten.reshape.default, own, [-1, *ends])
+        return self.call(aten.add.Tensor, result, own)
+
+
+def _fixed(window: Window) -> tuple[int, int]:
+    if window.auto:
+        raise VerificationError(f"the fx frontend cannot write the automatic padding of {window}")
+    return window.before, window.after
+
+
+def _in_format(kernel: Tensor, stored: Tensor) -> Tensor:
+    """The kernel in the memory format of the factor that it was."""
+    wanted = memory_format(stored)
+    return kernel if wanted is None or kernel.ndim != stored.ndim else kernel.contiguous(memory_format=wanted)

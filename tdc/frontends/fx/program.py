@@ -1,0 +1,316 @@
+"""An ATen graph as a program: sites are the weights that its operators are linear in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...errors import CalibrationError, ModelError
+from ...ir import Cost, Remark, Site, window_attributes
+from ..count import Counter
+from ..graph import fold_norm, gain_before, memory_format
+from ..program import Change, Replacement, Tap, sketch
+from .captured import Bound, Captured, Override, Values, passes_on
+from .match import Use, Weight, canonical, match, plain, storage_key
+from .rewrite import Cut, Rewritten, reader_of, rewrite, sources
+
+__all__ = ["Batch", "FxProgram", "run_cost"]
+
+Batch = tuple[int, Values]
+"""A place among the program's graphs, and the inputs of that graph."""
+
+
+class FxProgram:
+    """Implements :class:`tdc.frontends.program.Program` for one graph, or for several that hold the same weights (a
+    graph and what became of it for other shapes): the first one has the sites, each batch runs through its own.
+
+    ``pause`` is called between steps of long work.
+    """
+
+    door = "fx"
+
+    def __init__(
+        self, bounds: Sequence[Bound], example: Batch | None = None, *, pause: Callable[[], None] = lambda: None
+    ) -> None:
+        self.bounds, self.example, self.pause = tuple(bounds), example, pause
+        self._matched = [match(bound) for bound in self.bounds]
+        self._by_order = dict(enumerate(self._matched[0][0]))
+        self._elsewhere = [{storage_key(w.tensor): w for w in found} for found, _ in self._matched]
+        self.replacements: dict[int, Replacement] = {}
+
+    # ---- reading
+
+    def sites(self) -> tuple[tuple[Site, ...], tuple[Remark, ...]]:
+        readers = {w.uses[0].node: k for k, w in self._by_order.items() if len(w.uses) == 1}
+        sites = []
+        for k, weight in self._by_order.items():
+            self.pause()
+            consumer = None
+            if len(weight.uses) == 1 and _takes_any_order(weight.uses[0]):
+                reader = reader_of(weight)
+                consumer = readers.get(reader) if reader is not None else None
+            sites.append(replace(self._site(k, weight), pointwise_consumer=consumer))
+        return tuple(sites), tuple(self._matched[0][1])
+
+    def _site(self, order: int, weight: Weight) -> Site:
+        folded, form, use = self._folded(order)[0], weight.form, weight.uses[0]
+        kind, single = form.kind, len(weight.uses) == 1
+        activation = use.activation.meta.get("val")
+        last = memory_format(plain(weight.tensor)) is not None
+        last = last or (single and isinstance(activation, Tensor) and memory_format(activation) is not None)
+        return Site(
+            kind=kind,
+            sizes=_sizes(weight),
+            dtype=str(weight.tensor.dtype).removeprefix("torch."),
+            order=order,
+            sketch=sketch(folded.cpu()),
+            names=self.names(weight),
+            uses=len(weight.uses),
+            attributes=window_attributes(form.windows) if kind.is_conv else (),
+            bias=single and (weight.norm is not None or use.root_bias is not None),
+            norm=self._norm_name(weight),
+            layout="channels_last" if kind.is_conv and last else "",
+            lengths=_lengths(use) if kind.is_conv and single else (),
+        )
+
+    def names(self, weight: Weight) -> tuple[str, ...]:
+        names = self.bounds[0].captured.names
+        return tuple(dict.fromkeys(name for root in weight.roots for name in names[root]))
+
+    def _norm_name(self, weight: Weight) -> str:
+        if weight.norm is None:
+            return ""
+        mean = weight.norm.state["running_mean"]
+        assert mean is not None
+        return self.bounds[0].captured.names[mean][0].rpartition(".")[0]
+
+    def _folded(self, order: int) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias, with the normalisation behind folded into them."""
+        weight, tensors = self._by_order[order], self.bounds[0].tensors
+        root = weight.uses[0].root_bias
+        own = canonical(weight.form, plain(weight.tensor))
+        bias = None if root is None else plain(tensors[root])
+        if weight.norm is None:
+            return own, bias
+        state = {name: None if node is None else plain(tensors[node]) for name, node in weight.norm.state.items()}
+        return fold_norm(own, bias, state, weight.norm.eps)
+
+    def weight(self, site: Site) -> Tensor:
+        self.pause()
+        return self._folded(site.order)[0].cpu().contiguous()
+
+    def gain(self, site: Site) -> Tensor | None:
+        use, bound = self._by_order[site.order].uses[0], self.bounds[0]
+        if site.uses > 1 or site.kind.is_conv:
+            return None
+        roots = {root.name: root for root in bound.tensors}
+        name = gain_before(use.node, {root: root.name for root in roots.values()})
+        return None if name is None else plain(bound.tensors[roots[name]]).cpu()
+
+    def origins(self, site: Site) -> tuple[Tensor, ...]:
+        """The tensors from which the factors and the bias of a site are made."""
+        return tuple(self.bounds[0].tensors[node] for node in sources(self._by_order[site.order]))
+
+    def cost(self, batch: Batch | None = None) -> Cost:
+        place, values = batch or self.example or (0, None)
+        counted = run_cost(self.bounds[place], values)
+        stored = {storage_key(t): t for t in self.bounds[0].tensors.values()}.values()
+        return Cost(
+            sum(t.numel() for t in stored if t.is_floating_point()),
+            sum(t.numel() * t.element_size() for t in stored),
+            *counted,
+        )
+
+    def cost_of(self, new: Rewritten) -> Cost:
+        """The same of the program's first graph after it was rewritten."""
+        captured, tensors = self.bounds[0].captured, self.bounds[0].tensors
+        placeholders = new.module.graph.find_nodes(op="placeholder")
+        held = {
+            node: tensors[captured.placeholders[old]]
+            for node, old in zip(placeholders, new.kept, strict=False)
+            if captured.placeholders[old] in captured.names
+        }
+        held |= dict(zip(placeholders[len(new.kept) :], new.constants.values(), strict=True))
+        own = {str(node.target): tensor for node, tensor in tensors.items() if node.op == "get_attr"}
+        attributes = new.module.graph.find_nodes(op="get_attr")
+        held |= {node: own[str(node.target)] for node in attributes if str(node.target) in own}
+        names = {node: (node.name,) for node in held}
+        values = self.example[1] if self.example is not None and self.example[0] == 0 else None
+        counted = run_cost(Bound(replace(captured, module=new.module, names=names), held), values)
+        stored = {storage_key(t): t for t in held.values()}.values()
+        return Cost(
+            sum(t.numel() for t in stored if t.is_floating_point()),
+            sum(t.numel() * t.element_size() for t in stored),
+            *counted,
+        )
+
+    # ---- running
+
+    def batches(self, calibration: Any) -> Iterator[Batch]:
+        """Records (a place and values) as they are; anything else is read by the first graph."""
+        captured = self.bounds[0].captured
+        if isinstance(calibration, (Tensor, Mapping)):
+            calibration = [calibration]
+        if isinstance(calibration, (str, bytes)) or not isinstance(calibration, Iterable):
+            raise CalibrationError(
+                f"calibration must be an iterable of batches (a list, a DataLoader); got {type(calibration).__name__}"
+            )
+        for batch in calibration:
+            yield batch if _is_record(batch) else (0, captured.read(batch))
+
+    def observe(self, batch: Batch, sites: Iterable[Site], tap: Tap) -> None:
+        place, values = batch
+        taps: dict[fx.Node, list[Callable[[Any], None]]] = {}
+        for site in sites:
+            weight = self._in(place, site.order)
+            for use in weight.uses if weight is not None else ():
+                spot = use.node.args.index(use.activation)
+                taps.setdefault(use.node, []).append(lambda args, site=site, spot=spot: tap(site, args[spot]))  # type: ignore[misc]
+        self.pause()
+        self.bounds[place].run(values, taps=taps)
+
+    def outputs(self, batch: Batch, changes: Mapping[int, Change]) -> dict[str, Tensor]:
+        place, values = batch
+        instead: dict[fx.Node, Override] = {}
+        for order, change in changes.items():
+            weight, own = self._in(place, order), self._by_order[order]
+            if weight is None or (weight.norm is None) != (own.norm is None):
+                raise CalibrationError(f"a batch went through a graph that reads {self.names(own)[0]} in another way")
+            bias = self._shifted(order, change.shift)
+            instead |= {use.node: _with_weight(use, change.weight, bias) for use in weight.uses}
+            if weight.norm is not None:
+                instead[weight.norm.node] = passes_on(weight.norm.node)
+        self.pause()
+        return dict(self.bounds[place].outputs(values, instead))
+
+    def _in(self, place: int, order: int) -> Weight | None:
+        """The weight of a site as another graph reads it."""
+        own = self._by_order[order]
+        return own if place == 0 else self._elsewhere[place].get(storage_key(own.tensor))
+
+    def _shifted(self, order: int, shift: Tensor | None) -> Tensor | None:
+        """The bias that a site gets with another weight; None if it keeps its own."""
+        if shift is None and self._by_order[order].norm is None:
+            return None
+        bias = self._folded(order)[1]
+        assert bias is not None
+        return bias if shift is None else (bias.double() + shift.to(bias.device)).to(bias.dtype)
+
+    # ---- cutting
+
+    def replace(self, site: Site, new: Replacement) -> None:
+        if site.order not in self._by_order:
+            raise ModelError(f"{site.name} is no site of this graph")
+        self.replacements[site.order] = new
+
+    def finish(self) -> Rewritten:
+        """A new graph; that of the program stays."""
+        return rewrite(self.bounds[0].captured, self._matched[0][0], self.cuts())
+
+    def cuts(self) -> dict[int, Cut]:
+        """What takes the place of every replaced weight, by the ``id`` of the tensors that hold it: all that another
+        graph with the same weights needs.
+        """
+        found: dict[int, Cut] = {}
+        for order, new in self.replacements.items():
+            weight = self._by_order[order]
+            bias = self._shifted(order, new.shift)
+            if new.output_order is not None:
+                bias = self._folded(order)[1] if bias is None else bias
+                bias = None if bias is None else bias[new.output_order.to(bias.device)]
+            factors = {name: _stored(factor, weight.tensor) for name, factor in new.factors.items()}
+            reader = reader_of(weight) if new.output_order is not None else None
+            behind = next((w for w in self._by_order.values() if reader is not None and w.uses[0].node is reader), None)
+            cut = Cut(
+                replace(new, factors=factors),
+                bias,
+                self.names(weight)[0],
+                weight.form,
+                weight.norm is not None,
+                len(weight.uses) == 1,
+                None if behind is None else tuple(id(self.bounds[0].tensors[root]) for root in behind.roots),
+            )
+            found |= {id(self.bounds[0].tensors[root]): cut for root in weight.roots}
+        return found
+
+
+def run_cost(bound: Bound, values: Values | None) -> tuple[float, int]:
+    """Multiply-adds and peak bytes of activations of one run; 0 without values."""
+    if values is None:
+        return 0.0, 0
+    counter = Counter()  # entered inside the run, which switches other modes off
+    Bound(replace(bound.captured, context=lambda: _both(bound.captured, counter)), bound.tensors).run(values)
+    return counter.macs, counter.peak
+
+
+@contextmanager
+def _both(captured: Captured, counter: Counter) -> Iterator[None]:
+    with captured.context(), counter:
+        yield
+
+
+def _is_record(batch: Any) -> bool:
+    return isinstance(batch, tuple) and len(batch) == 2 and type(batch[0]) is int and isinstance(batch[1], tuple)
+
+
+def _sizes(weight: Weight) -> tuple[tuple[str, int], ...]:
+    shape, form = canonical(weight.form, weight.tensor).shape, weight.form
+    if not form.kind.is_conv:
+        return (("o", shape[0]), ("i", shape[1]))
+    taps = zip(form.kind.windows, shape[2:], strict=True)
+    return (("g", form.groups), ("o", shape[0] // form.groups), ("i", shape[1]), *taps)
+
+
+def _lengths(use: Use) -> tuple[tuple[str, int, int], ...]:
+    """(axis, input, output) of each window axis on the example; of a symbolic length, its size there."""
+    axes = len(use.form.windows)
+    before, after = use.activation.meta.get("val"), use.node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return ()
+    pairs = zip(before.shape[-axes:], after.shape[-axes:], strict=True)
+    return tuple((w.axis, _hint(a), _hint(b)) for w, (a, b) in zip(use.form.windows, pairs, strict=True))
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint if isinstance(size, torch.SymInt) else size)
+
+
+def _takes_any_order(use: Use) -> bool:
+    """Whether everything that is added to the outputs can be put in another order."""
+    return use.rest is None and (use.bias is None or use.root_bias is not None)
+
+
+def _with_weight(use: Use, weight: Tensor, bias: Tensor | None) -> Override:
+    """The operator with another weight, in canonical axes, and bias."""
+    form = use.form
+    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
+    spots = [use.node.args.index(a) if a is not None else None for a in (use.activation, use.bias, use.rest)]
+
+    def run(args: tuple[Any, ...]) -> Tensor:
+        values: list[Any] = [None if spot is None else args[spot] for spot in spots]
+        activation, own, rest = values
+        given = weight.to(activation.device, use.dtype or weight.dtype)
+        added = own if bias is None else bias.to(given)
+        if not form.kind.is_conv:
+            result = torch.nn.functional.linear(activation, given, added)
+            return result if rest is None else rest + result
+        pads = [size for w in reversed(form.windows) for size in (w.before, w.after)]
+        strides, dilations = [w.stride for w in form.windows], [w.dilation for w in form.windows]
+        activation = torch.nn.functional.pad(activation, pads) if any(pads) else activation
+        return convolve[len(strides) - 1](activation, given, added, strides, 0, dilations, form.groups)
+
+    return run
+
+
+def _stored(factor: Tensor, like: Tensor) -> Tensor:
+    """A factor on the device of the weight that it replaces, in its memory format."""
+    moved = factor.to(like.device)
+    wanted = memory_format(plain(like))
+    if wanted is not None and moved.is_floating_point() and moved.ndim == like.ndim:
+        return moved.contiguous(memory_format=wanted)
+    return moved

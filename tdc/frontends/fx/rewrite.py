@@ -1,0 +1,138 @@
+"""Putting replacements into a copy of a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from ...errors import VerificationError
+from ..graph import pointwise_reader
+from ..program import Replacement
+from .captured import Captured
+from .emit import Emitter
+from .match import Form, Use, Weight
+
+__all__ = ["Cut", "Rewritten", "reader_of", "rewrite", "sources"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """A graph with blocks in it. Its placeholders are those of the old one at ``kept``, in order, then one for each of
+    ``constants``; ``replaced`` counts the sites, and ``baked`` are old constants whose values went into new ones.
+    ``paths``: qualified names for the new constants, ``fc.weight_rows``.
+    """
+
+    module: fx.GraphModule
+    kept: tuple[int, ...]
+    constants: Mapping[str, Tensor]
+    replaced: int
+    baked: tuple[fx.Node, ...] = ()
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    def arguments(self, given: Sequence[Any]) -> list[Any]:
+        """From the arguments of the old graph those of this one."""
+        return [*(given[k] for k in self.kept), *self.constants.values()]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """The replacement of one weight, with the bias that its output gets (None: the use's own), and how the weight was
+    read where that was decided. ``reader``: the weight that expects its output in another order.
+    """
+
+    new: Replacement
+    bias: Tensor | None
+    name: str
+    form: Form
+    norm: bool
+    single: bool
+    reader: tuple[int, ...] | None
+
+
+def sources(weight: Weight) -> tuple[fx.Node, ...]:
+    """The constants from which the factors and the bias of a weight are made."""
+    biases = [use.root_bias for use in weight.uses]
+    state = weight.norm.state.values() if weight.norm is not None else ()
+    return tuple(dict.fromkeys(node for node in (*weight.roots, *biases, *state) if node is not None))
+
+
+def reader_of(weight: Weight) -> fx.Node | None:
+    use, norm = weight.uses[0], weight.norm
+    return pointwise_reader(use.node, use.node if norm is None else norm.output)
+
+
+def rewrite(captured: Captured, weights: Sequence[Weight], cuts: Mapping[int, Cut]) -> Rewritten:
+    """A copy of a graph with the cuts at its weights. Raises VerificationError where the graph reads a weight in
+    another way than the cut was made for.
+    """
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(captured.module.graph, copies))
+    constants: dict[str, Tensor] = {}
+    paths: dict[str, str] = {}
+    last = [copies[captured.placeholders[-1]]] if captured.placeholders else []
+    emitter = Emitter(graph, lambda name, tensor: _placeholder(graph, constants, paths, last, name, tensor))
+    baked: dict[fx.Node, None] = {}
+    replaced = 0
+    for weight in weights:
+        cut = cuts.get(id(weight.tensor))
+        if cut is None:
+            continue
+        _check_read_alike(cut, weight, weights)
+        for use in weight.uses:
+            norm = _moved_norm(weight, copies)
+            emitter.replace(_moved(use, copies), norm, cut.new.block, cut.new.factors, cut.name, cut.bias)
+        state = weight.norm.state.values() if weight.norm is not None else ()
+        biases = [use.root_bias for use in weight.uses if cut.bias is not None]
+        baked |= dict.fromkeys(node for node in (*weight.roots, *biases, *state) if node is not None)
+        replaced += 1
+    kept = [k for k, node in enumerate(captured.placeholders) if copies[node].users or node in captured.inputs]
+    for k, node in enumerate(captured.placeholders):
+        if k not in kept:
+            graph.erase_node(copies[node])
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    return Rewritten(fx.GraphModule(captured.module, graph), tuple(kept), constants, replaced, tuple(baked), paths)
+
+
+def _check_read_alike(cut: Cut, weight: Weight, weights: Sequence[Weight]) -> None:
+    how = (weight.form, weight.norm is not None, len(weight.uses) == 1)
+    if how != (cut.form, cut.norm, cut.single):
+        raise VerificationError(f"this graph reads {cut.name} in another way than the one that was planned")
+    if cut.new.output_order is not None:
+        reader = reader_of(weight)
+        behind = next((w for w in weights if w.uses[0].node is reader), None)
+        if behind is None or id(behind.tensor) not in (cut.reader or ()):
+            raise VerificationError(f"this graph reads the output of {cut.name} elsewhere: its order cannot change")
+
+
+def _placeholder(
+    graph: fx.Graph, constants: dict[str, Tensor], paths: dict[str, str], last: list[fx.Node], name: str, tensor: Tensor
+) -> fx.Node:
+    """A new placeholder behind all others."""
+    place = graph.inserting_after(last[0]) if last else graph.inserting_before(next(iter(graph.nodes)))
+    with place:
+        node = graph.placeholder("tdc_" + name.replace(".", "_"))
+    constants[node.name], paths[node.name] = tensor, name
+    last[:] = [node]
+    return node
+
+
+def _moved(use: Use, copies: Mapping[fx.Node, fx.Node]) -> Use:
+    """A use in a copy of its graph, as far as it was rewritten already."""
+    node = copies[use.node]
+    place = {a: k for k, a in enumerate(use.node.args) if isinstance(a, fx.Node)}
+
+    def now(old: fx.Node | None) -> Any:
+        return None if old is None else node.args[place[old]]
+
+    return replace(use, node=node, activation=now(use.activation), bias=now(use.bias), rest=now(use.rest))
+
+
+def _moved_norm(weight: Weight, copies: Mapping[fx.Node, fx.Node]) -> Any:
+    norm = weight.norm
+    return None if norm is None else replace(norm, node=copies[norm.node], output=copies[norm.output])
