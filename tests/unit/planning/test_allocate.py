@@ -167,12 +167,12 @@ def test_a_quantity_that_nothing_costs_does_not_bind() -> None:
 @given(problems(), st.floats(0.05, 1))
 @settings(max_examples=150)
 def test_dense_sites_are_compressed_where_that_is_as_good(sites: Problem, keep: float) -> None:
-    """Never a dearer option, never above a hundredth more loss, and no other site is touched."""
+    """Never a dearer option, never above three hundredths more loss, and no other site is touched."""
     chosen = attempt(sites, Budget((("params", keep),)))
     if chosen is None:
         return
     after = prefer_compressed(sites, chosen)
-    assert loss(sites, after) <= 1.01 * loss(sites, chosen) + 1e-12
+    assert loss(sites, after) <= 1.03 * loss(sites, chosen) + 1e-12
     for site, old, new in zip(sites, chosen, after, strict=True):
         assert old == new or (old == len(site) - 1 and site[new].cost.params <= 0.99 * site[old].cost.params)
 
