@@ -49,7 +49,8 @@ def calibrate(
     """Gather the statistics of a model's sites: reusable for any budget, savable, the same for every door.
 
     Runs the dense model over ``batches`` and accumulates, for every distinct input of sites, ``S = E[x x^T]`` (i, i)
-    and ``E[x]`` (i); then measures each site's sensitivity by forward runs with that site alone approximated.
+    and ``E[x]`` (i), of convolutions those of the patches under the window; then measures each site's sensitivity by
+    forward runs with that site alone approximated.
 
     Args:
         model: a module, or the path of an ONNX file.
@@ -130,7 +131,8 @@ def compress(
     progress: bool = True,
     inplace: bool = False,
 ) -> M:
-    """A smaller model of the same class: the weights of its linear layers written as products of trainable factors.
+    """A smaller model of the same class: the weights of its linear and convolution layers as products of
+    trainable factors.
 
     Args:
         model: a trained module. It is not changed, unless ``inplace``.
