@@ -131,8 +131,7 @@ def compress(
     progress: bool = True,
     inplace: bool = False,
 ) -> M:
-    """A smaller model of the same class: the weights of its linear and convolution layers as products of
-    trainable factors.
+    """A smaller model of the same class: weights of linear and convolution layers as products of trainable factors.
 
     Args:
         model: a trained module. It is not changed, unless ``inplace``.
