@@ -56,8 +56,20 @@ class ModeProblem:
             self._curves = mode_curves(self.weight, self.metric.second_moment)
         return self._curves
 
-    def relative(self, errors: Sequence[float]) -> list[float]:
-        """Squared errors as fractions of the mean square of the output, in [0, 1]."""
+    def errors(self, lattice: Sequence[Mapping[str, int]]) -> list[float]:
+        """Errors of the start values at ranks r of the mode, and s of the outputs where there are some, as fractions
+        of the mean square of the output, in [0, 1].
+        """
+        if not lattice:
+            return []
+        if "s" not in lattice[0]:
+            return self._relative([self.curves.error(ranks["r"]) for ranks in lattice])
+        outputs = sorted({ranks["s"] for ranks in lattice})
+        inner = {ranks["r"] for ranks in lattice}
+        table = {r: dict(zip(outputs, self.curves.errors(r, outputs), strict=True)) for r in inner}
+        return self._relative([table[ranks["r"]][ranks["s"]] for ranks in lattice])
+
+    def _relative(self, errors: Sequence[float]) -> list[float]:
         return [min(1.0, max(0.0, error / self.energy)) if self.energy > 0 else 0.0 for error in errors]
 
     def fit(self, rank: int, outputs: int | None) -> ModeFit:

@@ -40,10 +40,7 @@ class InputSVD(Decomposition):
         lattice: Sequence[Mapping[str, int]],
         variant: str,
     ) -> list[float]:
-        if not lattice:
-            return []
-        problem = mode_problem(weight, axes, metric, inner=1)
-        return problem.relative([problem.curves.error(ranks["r"]) for ranks in lattice])
+        return mode_problem(weight, axes, metric, inner=1).errors(lattice)
 
     def fitted(self, layout: Layout) -> int:
         return layout.axes["r"] * taps(weight_axes(layout))

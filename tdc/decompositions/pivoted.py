@@ -82,14 +82,7 @@ class Pivoted(Decomposition):
         if not self.needs_input(variant):
             tail = low_rank(weight, metric, axes.get("g", 1)).tail
             return [float(tail[ranks["r"]]) for ranks in lattice]
-        if not lattice:
-            return []
-        problem = mode_problem(weight, axes, metric, inner=1)
-        if variant == "channels_in":
-            return problem.relative([problem.curves.error(ranks["r"]) for ranks in lattice])
-        outputs, inner = sorted({ranks["s"] for ranks in lattice}), {ranks["r"] for ranks in lattice}
-        table = {r: dict(zip(outputs, problem.curves.errors(r, outputs), strict=True)) for r in inner}
-        return problem.relative([table[ranks["r"]][ranks["s"]] for ranks in lattice])
+        return mode_problem(weight, axes, metric, inner=1).errors(lattice)
 
     def fitted(self, layout: Layout) -> int:
         projected = "rows" in layout.rebuild.factors or taps(weight_axes(layout)) == 1

@@ -47,8 +47,7 @@ class SpatialSVD(Decomposition):
         lattice: Sequence[Mapping[str, int]],
         variant: str,
     ) -> list[float]:
-        problem = mode_problem(weight, axes, metric, inner=2)
-        return problem.relative([problem.curves.error(ranks["r"]) for ranks in lattice])
+        return mode_problem(weight, axes, metric, inner=2).errors(lattice)
 
     def fitted(self, layout: Layout) -> int:
         return layout.axes["r"] * (taps(weight_axes(layout)) // layout.axes["p"])

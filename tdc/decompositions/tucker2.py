@@ -45,13 +45,7 @@ class Tucker2(Decomposition):
         lattice: Sequence[Mapping[str, int]],
         variant: str,
     ) -> list[float]:
-        if not lattice:
-            return []
-        problem = mode_problem(weight, axes, metric, inner=1)
-        outputs = sorted({ranks["s"] for ranks in lattice})
-        inner = {ranks["r"] for ranks in lattice}
-        table = {r: dict(zip(outputs, problem.curves.errors(r, outputs), strict=True)) for r in inner}
-        return problem.relative([table[ranks["r"]][ranks["s"]] for ranks in lattice])
+        return mode_problem(weight, axes, metric, inner=1).errors(lattice)
 
     def fitted(self, layout: Layout) -> int:
         return layout.axes["r"] * taps(weight_axes(layout))
