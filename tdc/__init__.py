@@ -10,8 +10,8 @@ from ._clash import check as _check
 
 _check()
 
-from ._doors import compress_export, refresh, wait  # noqa: E402
-from .api import calibrate, compress, compress_onnx, densify, load, plan, report, save  # noqa: E402
+from ._doors import refresh, wait  # noqa: E402
+from .api import calibrate, compress, compress_export, compress_onnx, densify, load, plan, report, save  # noqa: E402
 from .errors import (  # noqa: E402
     BudgetError,
     CalibrationError,

@@ -1,33 +1,22 @@
-"""Doors to models that ``torch.compile(model, backend="tdc")`` gave, and to exported programs."""
+"""What users do with models that ``torch.compile(model, backend="tdc")`` gave."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from .api import _compressed as _realized
-from .api import _options, _peek, _report, _unit
-from .archive import RECORD
-from .errors import ModelError, OptionError
-from .ir import Cost, Plan
+from .errors import ModelError
+from .ir import Cost
 from .report import Report
-from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from torch.export import ExportedProgram
-
     from ._parts import Part
 
-__all__ = ["compiled_report", "compress_export", "refresh", "wait"]
-
-Names = str | Iterable[str] | None
+__all__ = ["compiled_report", "refresh", "wait"]
 
 
 def wait(compiled: nn.Module, *, timeout: float | None = None) -> None:
@@ -114,51 +103,3 @@ def _parts_of(compiled: nn.Module, *, or_none: bool = False) -> list[Part]:
             "without gradients"
         )
     return found
-
-
-def compress_export(
-    program: ExportedProgram,
-    *,
-    budget: object = None,
-    calibration: Any = None,
-    statistics: Statistics | str | Path | None = None,
-    metric: str = "auto",
-    target: str = "auto",
-    plan: Plan | str | Path | None = None,
-    allow: Names = None,
-    exclude: Names = (),
-    allocation: str = "lagrangian",
-    probe: Any = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> ExportedProgram:
-    """Compress an ``ExportedProgram`` into another one of standard operators; arguments as for :func:`tdc.compress`.
-
-    Inputs, outputs, dynamic sizes and the names of all that is not replaced stay. The result can be saved by
-    ``torch.export.save``, compiled by AOTInductor and exported by ``torch.onnx.export``. Batches are what the program
-    takes: a tensor, a tuple, a dict of keywords.
-
-    Returns:
-        The new program; :func:`tdc.report` tells what was done, as long as it is not saved and loaded.
-
-    Raises:
-        ModelError: not an exported program, or one without sites.
-        VerificationError: a result that cannot be exported again, or gives something else.
-        BudgetError, CalibrationError, PlanError, OptionError: as for :func:`tdc.compress`.
-    """
-    from .frontends.fx.export import export_again, open_exported
-
-    if not isinstance(program, torch.export.ExportedProgram):
-        raise ModelError(f"compress_export takes a torch.export.ExportedProgram; got {type(program).__name__}")
-    if plan is None and budget is None:
-        raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
-    options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
-    calibration = _peek(None, calibration)[1]
-    opened = open_exported(program)
-    before = opened.cost()
-    unit = _realized(_unit(opened, options, calibration, statistics, probe), plan)
-    made = _report(unit, before, opened.cost_of(unit.result))
-    small = export_again(program, opened, unit.result)
-    assert unit.plan is not None
-    small.__dict__[RECORD] = (made, unit.plan)
-    return small

@@ -11,16 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from . import targets
+from ._common import realized, reported
 from ._settings import Settings
-from .api import _report
 from .errors import PlanError
 from .frontends.fx.captured import Bound, undisturbed
 from .frontends.fx.program import Batch, FxProgram
 from .frontends.fx.rewrite import Cut
 from .ir import Cost, Plan, Site, assign
-from .passes.base import Pass, Unit
+from .passes.base import Unit
 from .passes.fit_factors import FitFactors
-from .passes.pipeline import APPLYING, COMPRESSING, Pipeline
 from .report import Report
 from .statistics import Statistics
 
@@ -59,7 +58,7 @@ def decide(
         plan = None if settings.plan is None else _part_of(settings.plan, sites)
         options = replace(settings.options, exclude=_fitting(settings.options.exclude, sites))
         unit = Unit(program, targets.get(options.target), options, calibration, settings.probe, settings.statistics)
-        return _realized(unit, program, plan, example)
+        return _outcome(unit, program, plan, example)
 
 
 def refit(bound: Bound, settings: Settings, old: Outcome) -> Outcome:
@@ -73,21 +72,16 @@ def refit(bound: Bound, settings: Settings, old: Outcome) -> Outcome:
         known = None if old.statistics is None else _renamed(old.statistics, old.sites, now)
         options = replace(settings.options, budget=None, exclude=())
         unit = Unit(program, targets.get(options.target), options, statistics=known)
-        new = _realized(unit, program, replace(old.plan, choices=choices), None)
+        new = _outcome(unit, program, replace(old.plan, choices=choices), None)
     before, after = old.report.model_before, old.report.model_after
     return replace(new, report=replace(new.report, model_before=before, model_after=after))
 
 
-def _realized(unit: Unit, program: FxProgram, plan: Plan | None, example: Batch | None) -> Outcome:
-    if plan is None:
-        passes: Sequence[Pass] = COMPRESSING
-    else:
-        chosen = plan.target if unit.options.target == "auto" else unit.options.target
-        unit, passes = unit.having(plan=plan, target=targets.get(chosen)), APPLYING
-    unit = Pipeline([_CachedFit() if step.name == FitFactors.name else step for step in passes]).run(unit)
+def _outcome(unit: Unit, program: FxProgram, plan: Plan | None, example: Batch | None) -> Outcome:
+    unit = realized(unit, plan, lambda step: _CachedFit() if isinstance(step, FitFactors) else step)
     assert unit.plan is not None
     costs = (program.cost(), program.cost_of(unit.result)) if example else (Cost(0, 0, 0), Cost(0, 0, 0))
-    return Outcome(unit.plan, unit.statistics, unit.sites, program.cuts(), _report(unit, *costs))
+    return Outcome(unit.plan, unit.statistics, unit.sites, program.cuts(), reported(unit, *costs))
 
 
 def _part_of(plan: Plan, sites: Sequence[Site]) -> Plan:

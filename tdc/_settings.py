@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ._common import checked_options
 from ._lowering import INNER, Lowering
-from .api import _options
 from .errors import OptionError
 from .ir import Plan
 from .options import Options
@@ -97,7 +97,7 @@ class Settings:
             _say_the_default(chosen["calibrate_calls"])
         elif plan is not None and chosen.get("budget") is not None:
             raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
-        options = _options(**{name: chosen.pop(name, default) for name, default in _OPTIONS.items()})
+        options = checked_options(**{name: chosen.pop(name, default) for name, default in _OPTIONS.items()})
         made = cls(options, plan, statistics, **chosen, mode=mode, given=given)
         made._check_values()
         return made

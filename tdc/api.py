@@ -1,28 +1,27 @@
-"""The doors of TDC for modules and ONNX files, and what reads their results."""
+"""The doors of TDC for modules, exported programs and ONNX files, and what reads their results."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
-from . import decompositions, targets
+from . import targets
+from ._common import Names, checked_options, new_unit, peeked, realized, reported
 from .archive import RECORD, load, note_in_config, save, stored_report
-from .errors import CalibrationError, DestinationError, ModelError, OptionError
+from .errors import DestinationError, ModelError, OptionError
 from .frontends.nn import Factored, NnProgram
-from .ir import Cost, Plan
+from .ir import Plan
 from .options import Options
 from .passes.base import Unit
 from .passes.calibrate import Calibrate
 from .passes.find_sites import FindSites
 from .passes.group_sites import GroupSites
-from .passes.pipeline import APPLYING, COMPRESSING, PLANNING, Pipeline
-from .planning.budget import Budget
+from .passes.pipeline import PLANNING, Pipeline
 from .report import Report
 from .statistics import Statistics
 
@@ -31,10 +30,9 @@ if TYPE_CHECKING:
 
     from .frontends.program import Program
 
-__all__ = ["calibrate", "compress", "compress_onnx", "densify", "load", "plan", "report", "save"]
+__all__ = ["calibrate", "compress", "compress_export", "compress_onnx", "densify", "load", "plan", "report", "save"]
 
 M = TypeVar("M", bound=nn.Module)
-Names = str | Iterable[str] | None
 
 
 def calibrate(
@@ -71,7 +69,7 @@ def calibrate(
         CalibrationError: no batch, or batches that the model cannot run on.
         ModelError: no module, no readable file, or no site in it.
     """
-    example, batches = _peek(None, batches)
+    example, batches = peeked(None, batches)
     program = _open(model, example)
     options = Options(exclude=Options.names(exclude, "exclude"), seed=seed, progress=progress)
     unit = Unit(program, targets.get("auto"), options, calibration=batches, probe=probe)
@@ -105,9 +103,9 @@ def plan(
     Raises:
         BudgetError, CalibrationError, ModelError, OptionError: as for :func:`compress`.
     """
-    example, calibration = _peek(example_inputs, calibration)
-    options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
-    unit = _unit(_open(model, example), options, calibration, statistics, probe)
+    example, calibration = peeked(example_inputs, calibration)
+    options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    unit = new_unit(_open(model, example), options, calibration, statistics, probe)
     made = Pipeline(PLANNING).run(unit).plan
     assert made is not None
     return made
@@ -162,14 +160,14 @@ def compress(
         raise ModelError(
             f"compress takes a torch.nn.Module; got {type(model).__name__} (for ONNX files: compress_onnx)"
         )
-    example, calibration = _peek(example_inputs, calibration)
-    options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    example, calibration = peeked(example_inputs, calibration)
+    options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
     program = _open(model, example, inplace=inplace)
     before = program.cost()
-    unit = _compressed(_unit(program, options, calibration, statistics, probe), plan)
+    unit = realized(new_unit(program, options, calibration, statistics, probe), plan)
     small: M = unit.result
     assert unit.plan is not None
-    made = _report(unit, before, NnProgram(small, example).cost())
+    made = reported(unit, before, NnProgram(small, example).cost())
     small.__dict__[RECORD] = (made, unit.plan)
     note_in_config(small, (made, unit.plan))
     return small
@@ -210,15 +208,63 @@ def compress_onnx(
     into, out = Path(source), checked_destination(destination)
     if out.exists() and into.exists() and out.samefile(into):
         raise DestinationError(f"{out} is the input file: choose another name for the output")
-    options = _options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
     program = OnnxProgram(load_model(into), into)
-    example, calibration = _peek(None, calibration)
+    example, calibration = peeked(None, calibration)
     batch = next(program.batches([example]), None) if example is not None else None
     before = program.cost(batch)
-    unit = _compressed(_unit(program, options, calibration, statistics, probe), plan)
-    made = replace(_report(unit, before, OnnxProgram(unit.result, None).cost(batch)), files=(file_size(into), 0))
+    unit = realized(new_unit(program, options, calibration, statistics, probe), plan)
+    made = replace(reported(unit, before, OnnxProgram(unit.result, None).cost(batch)), files=(file_size(into), 0))
     save_model(unit.result, out, source=into, metadata={"tdc.report": made.to_json()})
     return stored_report(out)
+
+
+def compress_export(
+    program: ExportedProgram,
+    *,
+    budget: object = None,
+    calibration: Any = None,
+    statistics: Statistics | str | Path | None = None,
+    metric: str = "auto",
+    target: str = "auto",
+    plan: Plan | str | Path | None = None,
+    allow: Names = None,
+    exclude: Names = (),
+    allocation: str = "lagrangian",
+    probe: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> ExportedProgram:
+    """Compress an ``ExportedProgram`` into another one of standard operators; arguments as for :func:`tdc.compress`.
+
+    Inputs, outputs, dynamic sizes and the names of all that is not replaced stay. The result can be saved by
+    ``torch.export.save``, compiled by AOTInductor and exported by ``torch.onnx.export``. Batches are what the program
+    takes: a tensor, a tuple, a dict of keywords.
+
+    Returns:
+        The new program; :func:`tdc.report` tells what was done, as long as it is not saved and loaded.
+
+    Raises:
+        ModelError: not an exported program, or one without sites.
+        VerificationError: a result that cannot be exported again, or gives something else.
+        BudgetError, CalibrationError, PlanError, OptionError: as for :func:`tdc.compress`.
+    """
+    from .frontends.fx.export import export_again, open_exported
+
+    if not isinstance(program, torch.export.ExportedProgram):
+        raise ModelError(f"compress_export takes a torch.export.ExportedProgram; got {type(program).__name__}")
+    if plan is None and budget is None:
+        raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
+    options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    calibration = peeked(None, calibration)[1]
+    opened = open_exported(program)
+    before = opened.cost()
+    unit = realized(new_unit(opened, options, calibration, statistics, probe), plan)
+    made = reported(unit, before, opened.cost_of(unit.result))
+    small = export_again(program, opened, unit.result)
+    assert unit.plan is not None
+    small.__dict__[RECORD] = (made, unit.plan)
+    return small
 
 
 def report(small: nn.Module | ExportedProgram | str | Path) -> Report:
@@ -269,18 +315,6 @@ def _record(small: nn.Module | ExportedProgram) -> tuple[Report, Plan]:
     return record
 
 
-def _options(
-    budget: object, metric: str, target: str, allow: Names, exclude: Names, allocation: str, seed: int, progress: bool
-) -> Options:
-    """Options, with everything that can be wrong in them refused before any long work."""
-    allowed, excluded = Options.names(allow, "allow"), Options.names(exclude, "exclude")
-    for name in allowed:
-        decompositions.get(name)
-    if budget is not None:
-        Budget.parse(budget)
-    return Options(budget, metric, target, allowed, excluded, allocation, seed, progress)
-
-
 def _open(model: nn.Module | str | Path, example: Any, *, inplace: bool = False) -> Program:
     if isinstance(model, (str, Path)):
         from .frontends.onnx import OnnxProgram, load_model
@@ -289,48 +323,3 @@ def _open(model: nn.Module | str | Path, example: Any, *, inplace: bool = False)
     if example is None:
         raise OptionError("give example_inputs= (a tuple or a dict of keywords), or calibration data")
     return NnProgram(model, example, inplace=inplace)
-
-
-def _peek(example: Any, batches: Any) -> tuple[Any, Any]:
-    """The example inputs, by default the first batch, and the batches with none of them used up."""
-    if example is not None or batches is None or hasattr(batches, "get_next"):
-        return example, batches
-    if isinstance(batches, (nn.Module, str, bytes)) or not isinstance(batches, Iterable):
-        return None, batches
-    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
-        return batches, batches
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise CalibrationError("the calibration data is empty: it gave no batch")
-    if iterator is batches:
-        batches = chain([first], iterator)
-    return first, batches
-
-
-def _unit(
-    program: Program, options: Options, calibration: Any, statistics: Statistics | str | Path | None, probe: Any
-) -> Unit:
-    if calibration is not None and statistics is not None:
-        raise OptionError("give calibration= or statistics=, not both")
-    known = Statistics.load(statistics) if isinstance(statistics, (str, Path)) else statistics
-    if known is not None and not isinstance(known, Statistics):
-        raise OptionError(f"statistics= takes what tdc.calibrate returns, or a path; got {type(known).__name__}")
-    return Unit(program, targets.get(options.target), options, calibration, probe, known)
-
-
-def _compressed(unit: Unit, plan: Plan | str | Path | None) -> Unit:
-    if (plan is None) == (unit.options.budget is None):
-        raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
-    if plan is None:
-        return Pipeline(COMPRESSING).run(unit)
-    if isinstance(plan, (str, Path)):
-        plan = Plan.load(plan)
-    target = targets.get(plan.target if unit.options.target == "auto" else unit.options.target)
-    return Pipeline(APPLYING).run(unit.having(plan=plan, target=target))
-
-
-def _report(unit: Unit, before: Cost, after: Cost) -> Report:
-    assert unit.plan is not None
-    errors = {order: (found.metric, found.weight) for order, found in unit.errors.items()}
-    return Report.of(unit.program.door, unit.plan, errors, (before, after))

@@ -1,0 +1,87 @@
+"""What the doors share: checked options, batches, and the way from a unit to its result and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from . import decompositions, targets
+from .errors import CalibrationError, OptionError
+from .ir import Cost, Plan
+from .options import Options
+from .passes.base import Pass, Unit
+from .passes.pipeline import APPLYING, COMPRESSING, Pipeline
+from .planning.budget import Budget
+from .report import Report
+from .statistics import Statistics
+
+if TYPE_CHECKING:
+    from .frontends.program import Program
+
+__all__ = ["Names", "checked_options", "new_unit", "peeked", "realized", "reported"]
+
+Names = str | Iterable[str] | None
+
+
+def checked_options(
+    budget: object, metric: str, target: str, allow: Names, exclude: Names, allocation: str, seed: int, progress: bool
+) -> Options:
+    """Options, with everything that can be wrong in them refused before any long work."""
+    allowed, excluded = Options.names(allow, "allow"), Options.names(exclude, "exclude")
+    for name in allowed:
+        decompositions.get(name)
+    if budget is not None:
+        Budget.parse(budget)
+    return Options(budget, metric, target, allowed, excluded, allocation, seed, progress)
+
+
+def peeked(example: Any, batches: Any) -> tuple[Any, Any]:
+    """The example inputs, by default the first batch, and the batches with none of them used up."""
+    if example is not None or batches is None or hasattr(batches, "get_next"):
+        return example, batches
+    if isinstance(batches, (nn.Module, str, bytes)) or not isinstance(batches, Iterable):
+        return None, batches
+    if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        return batches, batches
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise CalibrationError("the calibration data is empty: it gave no batch")
+    if iterator is batches:
+        batches = chain([first], iterator)
+    return first, batches
+
+
+def new_unit(
+    program: Program, options: Options, calibration: Any, statistics: Statistics | str | Path | None, probe: Any
+) -> Unit:
+    if calibration is not None and statistics is not None:
+        raise OptionError("give calibration= or statistics=, not both")
+    known = Statistics.load(statistics) if isinstance(statistics, (str, Path)) else statistics
+    if known is not None and not isinstance(known, Statistics):
+        raise OptionError(f"statistics= takes what tdc.calibrate returns, or a path; got {type(known).__name__}")
+    return Unit(program, targets.get(options.target), options, calibration, probe, known)
+
+
+def realized(unit: Unit, plan: Plan | str | Path | None, exchange: Callable[[Pass], Pass] = lambda step: step) -> Unit:
+    """The unit after planning (where no plan is given), fitting and rewriting; ``exchange`` may put another pass in the
+    place of one.
+    """
+    if (plan is None) == (unit.options.budget is None):
+        raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
+    if plan is None:
+        return Pipeline([exchange(step) for step in COMPRESSING]).run(unit)
+    if isinstance(plan, (str, Path)):
+        plan = Plan.load(plan)
+    target = targets.get(plan.target if unit.options.target == "auto" else unit.options.target)
+    return Pipeline([exchange(step) for step in APPLYING]).run(unit.having(plan=plan, target=target))
+
+
+def reported(unit: Unit, before: Cost, after: Cost) -> Report:
+    assert unit.plan is not None
+    errors = {order: (found.metric, found.weight) for order, found in unit.errors.items()}
+    return Report.of(unit.program.door, unit.plan, errors, (before, after))
