@@ -8,15 +8,17 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 __all__ = ["breathe", "submit"]
 
-_SWITCH = 0.0005
+_SWITCH = 0.00005
 """Seconds after which the thread that works lets others run, while there is work; Python's own is 0.005."""
 _BREATH = 0.0005
+_NEVER = 1 << 30
 _PATIENCE = 60.0
 
 _jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -56,16 +58,30 @@ def _work() -> None:
     _use_one_thread()
     while not _ending.is_set():
         job = _jobs.get()
-        interval, collects = sys.getswitchinterval(), gc.isenabled()
-        sys.setswitchinterval(min(_SWITCH, interval))
-        gc.disable()  # a full collection, which work brings about, stops every thread for a third of a second
-        try:
+        with _out_of_the_way():
             job()
-        finally:
-            sys.setswitchinterval(interval)
-            if collects:
-                gc.enable()
         del job  # it holds the model
+
+
+@contextmanager
+def _out_of_the_way() -> Iterator[None]:
+    """Other threads wait for this one as little as Python allows: they soon get the interpreter, and no collection of
+    garbage goes through the whole heap, which takes a third of a second and stops them all.
+    """
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    frozen = gc.isenabled() and not gc.get_freeze_count()  # else somebody else uses that
+    sys.setswitchinterval(min(_SWITCH, interval))
+    if frozen:
+        gc.set_threshold(*thresholds[:2], _NEVER)
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if frozen:
+            gc.collect()  # of what came since
+            gc.unfreeze()
+            gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)
 
 
 def _use_one_thread() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from ._lowering import Call
 from ._parts import Part, part_of
-from ._planning import stamp_of
+from ._planning import Stamp, stamp_of
 from ._settings import Settings
 from .errors import ModelError
 from .frontends.fx.captured import Bound, Captured, undisturbed
@@ -27,17 +27,16 @@ Arguments = Sequence[Any]
 
 @dataclass(frozen=True, eq=False)
 class _Active:
-    """What an instance runs, and the state of which tensors makes it right: versions and addresses of those that
-    ``pick`` takes out of the arguments (None: it is right for any).
+    """What an instance runs, and the state of which tensors makes it right: identities, versions and addresses of those
+    that ``pick`` takes out of the arguments (None: it is right for any).
     """
 
     run: Callable[[Arguments], Any]
     pick: Callable[[Arguments], Arguments] | None = None
+    keys: tuple[int, ...] = ()
     versions: tuple[int, ...] = ()
     addresses: tuple[int, ...] = ()
     recording: bool = False
-    pending: bool = False
-    """What was decided has still to be compiled."""
 
 
 class Graph:
@@ -85,13 +84,10 @@ class Graph:
             held = active.pick(args)
             same = tuple([t._version for t in held]) == active.versions
             if not same or tuple([t.data_ptr() for t in held]) != active.addresses:
-                instance.update(args)
+                instance.update(args, active)
                 active = instance.active
         elif active.recording:
             instance.record(args)
-        elif active.pending:
-            instance.settle(late=True, args=args)
-            active = instance.active
         return active.run(args)
 
     def instance(self, args: Arguments) -> Instance:
@@ -135,8 +131,7 @@ class Instance:
         self.part.instances.add(self)
         self.needs = frozenset(id(args[k]) for k in graph.constants)
         self.replaced = 0
-        self._example: Sequence[Any] | None = None
-        self.active = _Active(graph.dense, recording=self.part.state == "gathering")
+        self.active = self._running_dense(recording=self.part.state == "gathering")
 
     # ---- what it holds
 
@@ -174,21 +169,6 @@ class Instance:
         if self.part.state == "gathering":
             self.part.record(self, tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in self.values(args)))
 
-    def arrive(self, values: Sequence[Any] | None) -> None:
-        """The part has decided, in the background. Graphs that are run as they are change now; what has to be traced
-        waits for the next call, or for :func:`tdc.wait`: while one thread traces, torch forbids all others to call
-        compiled models.
-        """
-        if self.part.settings.inner == "eager" or not (self.part.outcome and self.part.outcome.cuts):
-            self.install(late=True, args=self.arguments(values))
-        else:
-            self.active = _Active(self.graph.dense, pending=True)
-            self._example = values
-
-    def arrive_now(self) -> None:
-        if self.active.pending:
-            self.settle(late=True, args=self.arguments(self._example))
-
     def settle(self, *, late: bool, args: Arguments) -> None:
         """Decide, if the part has not, and run that from the next call on. Where it fails the graph runs dense, unless
         ``strict``.
@@ -224,15 +204,16 @@ class Instance:
         held = self.constants()
         self.needs, self.replaced = frozenset(id(held[k]) for k in new.kept if k in held), new.replaced
         constants, pick = list(new.constants.values()), picker(new.kept)
-        if self.part.settings.release_weights:
-            self.part.release()
-        stamps = [stamp_of(held[k]) if frozen else self.part.stamps[id(held[k])] for k in baked]
+        stamps = {id(held[k]): stamp_of(held[k]) if frozen else self.part.stamps[id(held[k])] for k in baked}
         self.active = _Active(
             lambda args: call(*pick(args), *constants),
             picker(baked) if not any(held[k].is_inference() for k in baked) else None,
-            tuple(version for version, _ in stamps),
-            tuple(address for _, address in stamps),
+            tuple(stamps),
+            tuple(version for version, _ in stamps.values()),
+            tuple(address for _, address in stamps.values()),
         )
+        if self.part.settings.release_weights:
+            self.part.release()
 
     def run_dense(self) -> None:
         held = self.constants().values()
@@ -242,10 +223,33 @@ class Instance:
         elif self.part.settings.strict and self.part.error is not None:
             self.active = _Active(_raise(self.part.error))
         else:
-            self.active = _Active(self.graph.dense)
+            self.active = self._running_dense()
 
-    def update(self, args: Arguments) -> None:
-        """A weight has changed: fit again, or raise, as the options want."""
+    def _running_dense(self, *, recording: bool = False) -> _Active:
+        if not self.part.settings.release_weights:
+            return _Active(self.graph.dense, recording=recording)
+
+        def dense(args: Arguments) -> Any:
+            with self.part.reading_weights():
+                if self.active.run is dense:
+                    return self.graph.dense(args)
+            return self.active.run(args)
+
+        return _Active(dense, recording=recording)
+
+    def expect(self, stamps: Mapping[int, Stamp]) -> None:
+        """Take the present state of these tensors for the right one."""
+        active = self.active
+        known = zip(active.keys, active.versions, active.addresses, strict=True)
+        expected = [stamps.get(key, (version, address)) for key, version, address in known]
+        self.active = replace(
+            active, versions=tuple(version for version, _ in expected), addresses=tuple(a for _, a in expected)
+        )
+
+    def update(self, args: Arguments, seen: _Active) -> None:
+        """A weight has changed: fit again, or raise, as the options want. ``seen``: what was active then."""
+        if self.active is not seen:
+            return
         if self.part.settings.on_update == "error" and not self.part.is_fitted_for(self):
             raise ModelError("a weight was changed after its factors were fitted: tdc.refresh(model) fits them again")
         self.settle(late=True, args=args)

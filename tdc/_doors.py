@@ -21,7 +21,7 @@ __all__ = ["compiled_report", "refresh", "wait"]
 
 def wait(compiled: nn.Module, *, timeout: float | None = None) -> None:
     """Wait until a model compiled with ``calibrate_calls`` has been planned, fitted and exchanged (or has failed to be,
-    which :func:`report` tells). What has to be compiled for that is compiled here; without it, by the next call.
+    which :func:`report` tells).
 
     Args:
         compiled: what ``torch.compile(model, backend="tdc")`` gave, or the module itself.
@@ -39,8 +39,6 @@ def wait(compiled: nn.Module, *, timeout: float | None = None) -> None:
         left = None if end is None else max(0.0, end - time.monotonic())
         if not part.done.wait(left):
             raise ModelError(f"the model was not planned and fitted within {timeout:g} seconds")
-        for instance in list(part.instances):
-            instance.arrive_now()
 
 
 def refresh(compiled: nn.Module) -> None:

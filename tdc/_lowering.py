@@ -148,7 +148,7 @@ def _apart(captured: Captured, mode: Any, *, late: bool) -> Iterator[Callable[[]
     def guards() -> Guards | None:
         return (env, tuple(added)) if added else None
 
-    with compile_lock if late else nullcontext():
+    with compile_lock if late else nullcontext(), _calls_go_on() if late else nullcontext():
         frozen = env.frozen if env is not None else False
         if late and env is not None:
             env.frozen = False
@@ -159,6 +159,20 @@ def _apart(captured: Captured, mode: Any, *, late: bool) -> Iterator[Callable[[]
             if late and env is not None:
                 added += env.guards[before:]
                 env.frozen = frozen
+
+
+@contextmanager
+def _calls_go_on() -> Iterator[None]:
+    """Inside, other threads may call compiled models while this one traces: a flag of the tracer that is meant for the
+    tracing thread is seen by all, and Dynamo refuses calls by it. Dynamo's settings are each thread's own, but for
+    their defaults.
+    """
+    setting = vars(torch._dynamo.config)["_config"]["force_compile_during_fx_trace"]
+    before, setting.default = setting.default, True
+    try:
+        yield
+    finally:
+        setting.default = before
 
 
 def _guarded(call: Call, module: fx.GraphModule, guards: Guards | None, fakes: Sequence[Any]) -> Call:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from . import _background
 from ._planning import Outcome, Stamp, decide, refit, stamp_of
 from ._settings import Settings, log
 from .errors import ModelError
+from .frontends.fx.captured import alongside
 
 if TYPE_CHECKING:
     from ._compiled import Instance
@@ -44,6 +46,8 @@ class Part:
         self.done = threading.Event()
         self._lock = threading.Lock()
         self._records: list[tuple[Instance, tuple[Any, ...]]] = []
+        self._reading = 0
+        self._releasing = False
         if not settings.calibrate_calls:
             self.done.set()
 
@@ -78,10 +82,12 @@ class Part:
             order = list(dict.fromkeys((main, *(instance for instance, _ in records))))
             bounds, stamps = [instance.bound() for instance in order], _stamps(main)
             batches = [(order.index(instance), values) for instance, values in records]
-            self._take(decide(bounds, self.settings, batches, (0, records[-1][1]), _background.breathe), stamps)
+            with alongside():
+                outcome = decide(bounds, self.settings, batches, (0, records[-1][1]), _background.breathe)
+            self._take(outcome, stamps)
             example = dict(records)
             for instance in list(self.instances):
-                instance.arrive(example.get(instance))
+                instance.install(late=True, args=instance.arguments(example.get(instance)))
         except BaseException as error:
             self.give_up(error, "planning", strict=False)
             for instance in list(self.instances):
@@ -136,7 +142,27 @@ class Part:
     # ---- memory
 
     def release(self) -> None:
-        """Free the memory of replaced weights that no graph of any model needs."""
+        """Free the memory of replaced weights that no graph of any model needs: after the calls that read them."""
+        with self._lock:
+            self._releasing = True
+            if not self._reading:
+                self._release()
+
+    @contextmanager
+    def reading_weights(self) -> Iterator[None]:
+        """Inside, no weight is freed."""
+        with self._lock:
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+                if self._releasing and not self._reading:
+                    self._release()
+
+    def _release(self) -> None:
+        self._releasing = False
         needed = {key for part in parts() for instance in part.instances for key in instance.needs}
         cut = self.outcome.cuts if self.outcome is not None else {}
         freed = [t for ref in self.weights if (t := ref()) is not None and id(t) in cut and id(t) not in needed]
@@ -146,7 +172,10 @@ class Part:
         _forbid_use(freed)
         for tensor in freed:
             tensor.untyped_storage().resize_(0)
-            self.stamps[id(tensor)] = stamp_of(tensor)
+        stamps = {id(tensor): stamp_of(tensor) for tensor in freed}
+        self.stamps |= stamps
+        for instance in self.instances:
+            instance.expect(stamps)
 
 
 def _stamps(instance: Instance) -> dict[int, Stamp]:

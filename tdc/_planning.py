@@ -23,7 +23,7 @@ from .passes.fit_factors import FitFactors
 from .report import Report
 from .statistics import Statistics
 
-__all__ = ["Outcome", "decide", "refit", "stamp_of"]
+__all__ = ["Outcome", "Stamp", "decide", "refit", "stamp_of"]
 
 Stamp = tuple[int, int]
 

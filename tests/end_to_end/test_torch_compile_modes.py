@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,37 @@ def test_a_weight_that_another_graph_needs_is_not_released() -> None:
     with torch.no_grad():
         fast(X)
         assert model.a.weight.untyped_storage().nbytes() > 0
+
+
+def test_weights_that_a_call_reads_are_released_after_it() -> None:
+    model = random_mlp().eval()
+    fast = compiled(model, {**HALF, "calibrate_calls": 2, "release_weights": True})
+    with torch.no_grad():
+        fast(X)
+        (part,) = (part for part in _parts.parts() if part.weights[0]() is model[0].weight)
+        with part.reading_weights():
+            fast(X)
+            tdc.wait(fast)
+            assert part.state == "compressed"
+            assert model[0].weight.untyped_storage().nbytes() > 0
+            small = fast(X)
+        assert model[0].weight.untyped_storage().nbytes() == 0
+        assert_equal(fast(X), small)
+
+
+def test_planning_in_the_background_draws_no_random_numbers_of_others() -> None:
+    model = random_mlp().eval()
+    fast = compiled(model, {**HALF, "calibrate_calls": 2})
+    with torch.no_grad():
+        fast(X)
+        torch.manual_seed(7)
+        expected = [torch.rand(1) for _ in range(50)]
+        torch.manual_seed(7)
+        fast(X)
+        found = []
+        for _ in range(25):
+            found.append(torch.rand(1))
+            time.sleep(0.002)
+        tdc.wait(fast)
+        found += [torch.rand(1) for _ in range(25)]
+    assert found == expected

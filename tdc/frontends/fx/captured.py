@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...errors import CalibrationError
 from ..graph import BATCH_NORMS, floating_outputs, operator
 
-__all__ = ["Bound", "Captured", "Override", "Values", "passes_on", "undisturbed"]
+__all__ = ["Bound", "Captured", "Override", "Values", "alongside", "passes_on", "undisturbed"]
 
 Values = tuple[Any, ...]
 """Arguments of a graph in the order of those placeholders that are not constants."""
@@ -189,9 +190,30 @@ class _Runner(fx.Interpreter):
         return super().run_node(n)
 
 
+_alongside = ContextVar("alongside", default=False)
+
+
+@contextmanager
+def alongside() -> Iterator[None]:
+    """For a thread beside those that run and compile models: what all threads have in common stays as it is."""
+    token = _alongside.set(True)
+    try:
+        yield
+    finally:
+        _alongside.reset(token)
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Plain torch inside: no gradients, no modes of whoever traces, and fixed random numbers that leave no trace."""
+    """Plain torch inside: no gradients, no modes of whoever traces, and fixed random numbers that leave no trace.
+
+    :func:`alongside` others, random numbers are drawn from what they draw from, and modes are theirs: torch has one
+    generator for all threads, and one stack of pre-dispatch modes.
+    """
+    if _alongside.get():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+        return
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)

@@ -137,7 +137,7 @@ def _readers(root: fx.Node, tensor: Tensor, bound: Bound) -> Iterator[Use | Decl
             rule = _RULES.get(operator(user))
             use = rule(user, weight, tensor) if rule is not None else None
             if use is None:
-                yield Decline(f"also read by {user.target}, which is not linear in it")
+                yield Decline(f"also read by {user.target} in a way that no layer does")
             elif turned and use.form.kind.is_conv:
                 yield Decline(f"read by {user.target} after a transposition")
             else:

@@ -99,7 +99,7 @@ def captured_place(weight: Weight, seen: Capture) -> Place | Decline:
         return Decline("the example inputs do not reach it")
     for use in uses:
         if not use.linear:
-            return Decline(f"also read by {use.operator}, which is not linear in it")
+            return Decline(f"also read by {use.operator} in a way that no layer does")
         if use.module not in weight.modules:
             return Decline(
                 f"read by {use.operator} in {use.module or 'the model'} past its own module, which cannot be swapped"

@@ -166,7 +166,7 @@ def test_a_weight_that_is_also_read_otherwise_stays_dense() -> None:
             return super().forward(x) + self.first.weight.square().sum()
 
     small = compressed(Penalised())
-    assert "not linear in it" in remarks_on(small, "first.weight")
+    assert "in a way that no layer does" in remarks_on(small, "first.weight")
     assert type(small.first) is nn.Linear
     assert isinstance(small.second, FactoredLinear)
 
