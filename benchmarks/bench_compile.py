@@ -1,4 +1,5 @@
-"""Compiled models: decomposed by the backend ``tdc`` against dense by Inductor, in turn; and their memory.
+"""Compiled models: decomposed by the backend ``tdc`` against dense by Inductor, in turn; their memory; how long calls
+take while a model is planned and compiled in the background; and what the check for changed weights costs.
 
 ``python benchmarks/bench_compile.py [minilm] [vgg11]``; ``--smoke`` for a short run that writes nothing.
 """
@@ -6,9 +7,16 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -16,6 +24,8 @@ from common import write_rows
 from torch import Tensor, nn
 
 import tdc
+from tdc import _background, _parts
+from tdc.ir import Candidate
 from tdc.measure import interleaved
 
 BUDGETS = {"minilm": "params=0.5", "vgg11": "params=0.3"}
@@ -85,6 +95,81 @@ def time_rows(name: str, batch: int, repeats: int) -> list[dict[str, object]]:
     ]
 
 
+def latency_row(name: str, inner: str) -> dict[str, object]:
+    """Milliseconds of dense calls of one example: alone, beside a thread that runs Python without pause, and while TDC
+    plans, fits, compiles and changes over. The last two with the switch interval that TDC sets.
+    """
+    model, call, calibration = MODELS[name](1)
+    dense = torch.compile(model, backend=inner)
+    options: dict[str, Any] = {"budget": BUDGETS[name], "calibrate_calls": CALLS, "inner": inner}
+    fast = torch.compile(model, backend="tdc", options=options)
+    ending = threading.Event()
+
+    def busy() -> None:
+        while not ending.is_set():
+            pass
+
+    def timed(compiled: Any, going: Callable[[], bool]) -> list[float]:
+        taken = []
+        while going():
+            start = time.perf_counter()
+            call(compiled)
+            taken.append(1000 * (time.perf_counter() - start))
+        return taken
+
+    with torch.no_grad():
+        call(dense)
+        alone = timed(dense, _for_seconds(5))
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(_background.SWITCH)
+        threading.Thread(target=busy).start()
+        beside = timed(dense, _for_seconds(5))
+        ending.set()
+        sys.setswitchinterval(interval)
+        for batch in calibration:
+            fast(**batch) if isinstance(batch, dict) else fast(*batch)
+        for _ in range(3):
+            call(fast)
+        done = [part.done for part in _parts.parts()][-1]
+        began = time.monotonic()
+        planning = timed(fast, lambda: not done.is_set())
+    return {
+        "model": name,
+        "latency": inner,
+        "background_s": round(time.monotonic() - began, 1),
+        "alone_median_ms": round(median(alone), 2),
+        "alone_worst_ms": round(max(alone), 2),
+        "busy_median_ms": round(median(beside), 2),
+        "busy_worst_ms": round(max(beside), 2),
+        "planning_median_ms": round(median(planning), 2),
+        "planning_p99_ms": round(quantiles(planning, n=100)[-1], 2),
+        "planning_worst_ms": round(max(planning), 2),
+    }
+
+
+def _for_seconds(seconds: float) -> Callable[[], bool]:
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() < end
+
+
+def check_row() -> dict[str, object]:
+    """What a call of a graph with 100 replaced weights costs beside what it runs."""
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(100))).eval()
+    plan = tdc.plan(model, torch.randn(1, 4), budget="params=1.0", progress=False)
+    choices = tuple(Candidate(choice.site, "svd", ranks=(("r", 4),)) for choice in plan.choices)
+    plan = replace(plan, choices=choices)
+    options: dict[str, Any] = {"plan": plan, "inner": "eager", "strict": True}
+    fast = torch.compile(model, backend="tdc", options=options)
+    with torch.no_grad():
+        fast(torch.randn(1, 4))
+        instance = next(iter(_parts.parts()[-1].instances))
+        instance.active = replace(instance.active, run=lambda args: None)
+        args = instance.arguments([torch.randn(1, 4)])
+        taken = interleaved({"check": lambda: instance.graph(*args)}, repeats=300)["check"]
+    found = {"check_min_us": round(1e6 * taken.minimum, 1), "check_median_us": round(1e6 * taken.median, 1)}
+    return {"model": "100 linear layers", **found}
+
+
 def resident(key: str) -> int:
     """Bytes by the line of /proc/self/status: VmRSS now, VmHWM at most."""
     with open("/proc/self/status") as file:
@@ -106,34 +191,43 @@ def memory_of(name: str, how: str) -> dict[str, object]:
         gc.collect()
         call(fast)
     held = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    return {"rss": resident("VmRSS"), "peak_rss": resident("VmHWM"), "weights_bytes": held}
+    memory = {"rss_bytes": resident("VmRSS"), "peak_rss_bytes": resident("VmHWM"), "weights_bytes": held}
+    return {"model": name, "memory": how, "budget": BUDGETS[name], **memory}
+
+
+def in_a_process_of_its_own(name: str, *how: str) -> dict[str, object]:
+    """The row that this script prints last when called so, with no compiled code of earlier runs at hand."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        command = [sys.executable, __file__, name, *how]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    row: dict[str, object] = json.loads(run.stdout.splitlines()[-1])
+    return row
 
 
 def memory_rows(name: str) -> list[dict[str, object]]:
-    rows = []
-    for how in ("dense", "kept", "released"):
-        command = [sys.executable, __file__, name, "--memory", how]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        values = (int(part) for part in run.stdout.split()[-3:])
-        row = dict(zip(("rss_bytes", "peak_rss_bytes", "weights_bytes"), values, strict=True))
-        rows.append({"model": name, "memory": how, "budget": BUDGETS[name], **row})
-    return rows
+    return [in_a_process_of_its_own(name, "--memory", how) for how in ("dense", "kept", "released")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS))
     parser.add_argument("--memory", choices=("dense", "kept", "released"), help="print the memory of one way and stop")
+    parser.add_argument("--latency", choices=("eager", "inductor"), help="time calls while planning and stop")
     parser.add_argument("--smoke", action="store_true", help="a short run that writes nothing")
     given = parser.parse_args()
-    if given.memory:
-        print(*memory_of(given.models[0], given.memory).values())
+    if given.memory or given.latency:
+        (name,) = given.models
+        print(json.dumps(memory_of(name, given.memory) if given.memory else latency_row(name, given.latency)))
         return
     rows: list[dict[str, object]] = []
     for name in given.models:
         for batch in (1,) if given.smoke else (1, 16):
             rows += time_rows(name, batch, 5 if given.smoke else 25)
-        rows += [] if given.smoke else memory_rows(name)
+        if not given.smoke:
+            rows += memory_rows(name)
+            rows += [in_a_process_of_its_own(name, "--latency", inner) for inner in ("eager", "inductor")]
+    rows.append(check_row())
     for row in rows:
         print(row)
     if not given.smoke:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def main() -> None:
             small = tdc.compress(model, (images[:16],), plan=plan, statistics=statistics)
             with torch.no_grad():
                 expected = small(images).numpy()
-            options = {"budget": budget, "statistics": statistics, "inner": "eager", "strict": True}
+            options: dict[str, Any] = {"budget": budget, "statistics": statistics, "inner": "eager", "strict": True}
             fast = torch.compile(model, backend="tdc", options=options)
             with torch.no_grad():
                 answer = fast(images).numpy()

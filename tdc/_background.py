@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["breathe", "submit"]
+__all__ = ["SWITCH", "breathe", "submit"]
 
-_SWITCH = 0.00005
+SWITCH = 0.00005
 """Seconds after which the thread that works lets others run, while there is work; Python's own is 0.005."""
 _BREATH = 0.0005
 _NEVER = 1 << 30
@@ -70,7 +70,7 @@ def _out_of_the_way() -> Iterator[None]:
     """
     interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
     frozen = gc.isenabled() and not gc.get_freeze_count()  # else somebody else uses that
-    sys.setswitchinterval(min(_SWITCH, interval))
+    sys.setswitchinterval(min(SWITCH, interval))
     if frozen:
         gc.set_threshold(*thresholds[:2], _NEVER)
         gc.freeze()
