@@ -8,6 +8,7 @@ import importlib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
+from inspect import isabstract
 
 from ..errors import OptionError
 from ._linalg import bias_shift, energy, low_rank
@@ -21,7 +22,7 @@ def _registry() -> dict[str, Decomposition]:
     modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     found = [value for module in modules for value in vars(module).values()]
     found += [entry.load() for entry in entry_points(group="tdc.decompositions")]
-    classes = {c for c in found if isinstance(c, type) and issubclass(c, Decomposition) and c is not Decomposition}
+    classes = {c for c in found if isinstance(c, type) and issubclass(c, Decomposition) and not isabstract(c)}
     registry: dict[str, Decomposition] = {}
     for c in sorted(classes, key=lambda c: c.name):
         if c.name in registry:

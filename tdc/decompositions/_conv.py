@@ -14,6 +14,7 @@ from ._modes import ModeCurves, ModeFit, fit_modes, mode_curves
 __all__ = ["ModeProblem", "geometric", "mode_problem", "taps", "weight_axes"]
 
 _POINTS = 12
+WEIGHT_AXES = ("g", "o", "i", "p", "q", "z")
 
 
 def taps(axes: Mapping[str, int]) -> int:
@@ -22,8 +23,8 @@ def taps(axes: Mapping[str, int]) -> int:
 
 
 def weight_axes(layout: Layout) -> dict[str, int]:
-    """The axes of the weight among those of a layout."""
-    return {axis: layout.axes[axis] for axis in layout.rebuild.output.axes}
+    """The canonical axes of the weight among those of a layout."""
+    return {axis: size for axis, size in layout.sizes if axis in WEIGHT_AXES}
 
 
 def geometric(limit: int, multiple: int) -> list[int]:

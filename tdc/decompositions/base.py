@@ -30,19 +30,26 @@ class Decomposition(ABC):
     """What it is good for, in one sentence."""
     equations: ClassVar[Mapping[str, str]]
     """Variant -> rebuild equation (see :class:`tdc.ir.Rebuild`). Of a linear weight it begins with ``o i =``, of a
-    convolution's with ``(g o) i * =``, where ``*`` stands for the window axes ``p``, ``p q`` or ``p q z``."""
+    convolution's with ``(g o) i * =``, where ``*`` stands for the window axes ``p``, ``p q`` or ``p q z``. Axes of the
+    weight may be split, ``(o1 o2) (i1 i2) =``: see :meth:`modes`."""
     projects_outputs: ClassVar[bool] = False
     """Whether a fit needs no more of the input than the moment of the output (``Metric.output_moment``)."""
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers that it has equations for: ``linear``, ``convolution``."""
-        conv = {text.startswith("(g o)") for text in self.equations.values()}
+        conv = {_is_conv(text) for text in self.equations.values()}
         return tuple(name for name, written in (("linear", False), ("convolution", True)) if written in conv)
 
     def variants(self, axes: Mapping[str, int]) -> tuple[str, ...]:
         """The variants to propose for a weight of these axes: by default all that are written for its kind."""
-        return tuple(v for v, text in self.equations.items() if text.startswith("(g o)") == ("g" in axes))
+        return tuple(v for v, text in self.equations.items() if _is_conv(text) == ("g" in axes))
+
+    def modes(self, axes: Mapping[str, int], variant: str) -> dict[str, int]:
+        """Sizes of the axes that the equation splits ``o`` and ``i`` into. Their products are at least those of the
+        weight, which is taken to be bordered by zeros up to there.
+        """
+        return {}
 
     def same_fit(self, axes: Mapping[str, int], variant: str) -> tuple[str, ...]:
         """Other variants that write the same approximation at the same ranks."""
@@ -95,11 +102,16 @@ class Decomposition(ABC):
         for axis, rank in ranks.items():
             if not 1 <= rank <= full[axis]:
                 raise ValueError(f"{self.name}: rank {axis}={rank} is not in 1..{full[axis]}")
-        return Layout(self.rebuild(axes, variant), (*axes.items(), *ranks.items()))
+        modes = self.modes(axes, variant)
+        return Layout(self.rebuild(axes, variant), (*axes.items(), *modes.items(), *ranks.items()))
 
     def rebuild(self, axes: Mapping[str, int], variant: str) -> Rebuild:
         """The variant's equation with the window axes of this weight."""
         return _parsed(self.equations[variant], tuple(axis for axis in axes if axis not in ("g", "o", "i")))
+
+
+def _is_conv(equation: str) -> bool:
+    return equation.startswith("(g ")
 
 
 @lru_cache(maxsize=1024)
@@ -117,7 +129,10 @@ def rebuild(factors: Factors, layout: Layout) -> Tensor:
             for name, term in zip(piece.operands, piece.equation.inputs, strict=True)
         ]
         parts.append(torch.einsum(piece.equation.subscripts(), *operands).reshape(shape.output.shape(axes)))
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    whole = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    if "g" in axes:
+        return whole
+    return whole[: axes["o"], : axes["i"]]
 
 
 def _whole(factors: Factors, pivot: Pivot | None, name: str, term: Term, axes: Mapping[str, int]) -> Tensor:
