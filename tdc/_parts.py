@@ -171,7 +171,7 @@ class Part:
             return
         _forbid_use(freed)
         for tensor in freed:
-            tensor.untyped_storage().resize_(0)
+            _empty(tensor)
         stamps = {id(tensor): stamp_of(tensor) for tensor in freed}
         self.stamps |= stamps
         for instance in self.instances:
@@ -181,6 +181,15 @@ class Part:
 def _stamps(instance: Instance) -> dict[int, Stamp]:
     held = instance.constants()
     return {id(held[k]): stamp_of(held[k]) for k in instance.graph.watched}
+
+
+def _empty(tensor: Tensor) -> None:
+    """Leave the tensor its sizes, which guards look at, and take its memory, which others may have a part of, or which
+    may be a mapped file: it gets a storage of its own, without bytes.
+    """
+    with torch.no_grad():
+        tensor.set_(torch.UntypedStorage(0), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+    tensor.untyped_storage().resize_(0)
 
 
 _GONE = (

@@ -260,6 +260,20 @@ def test_a_weight_that_another_graph_needs_is_not_released() -> None:
         assert model.a.weight.untyped_storage().nbytes() > 0
 
 
+def test_weights_of_one_storage_are_released_apart(full: dict[str, Any]) -> None:
+    """As those of a mapped file are, whose storage cannot be resized."""
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)).eval()
+    both = torch.from_numpy(torch.randn(2, 24, 24).numpy())
+    for layer, part in zip((model[0], model[2]), both, strict=True):
+        layer.weight = nn.Parameter(part)
+    expected = copy.deepcopy(model)
+    fast = compiled(model, {**full, "release_weights": True})
+    with torch.no_grad():
+        assert_equal(fast(X), expected(X))
+        assert_equal(fast(X), expected(X))
+    assert all(layer.weight.untyped_storage().nbytes() == 0 for layer in (model[0], model[2]))
+
+
 def test_weights_that_a_call_reads_are_released_after_it() -> None:
     model = random_mlp().eval()
     fast = compiled(model, {**HALF, "calibrate_calls": 2, "release_weights": True})
