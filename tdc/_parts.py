@@ -187,8 +187,9 @@ def _empty(tensor: Tensor) -> None:
     """Leave the tensor its sizes, which guards look at, and take its memory, which others may have a part of, or which
     may be a mapped file: it gets a storage of its own, without bytes.
     """
+    whole = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     with torch.no_grad():
-        tensor.set_(torch.UntypedStorage(0), tensor.storage_offset(), tensor.size(), tensor.stride())  # type: ignore[call-overload]
+        tensor.set_(whole)
     tensor.untyped_storage().resize_(0)
 
 
