@@ -153,7 +153,7 @@ def _points(
             dense, decomposition=decomposition.name, variant=variant, ranks=tuple(ranks.items()), error=rounded
         )
         layout, block = lowered(unit.target, point)
-        if isinstance(block, Decline):
+        if isinstance(block, Decline) or unit.program.declines(site, block) is not None:
             continue
         cost = block_cost(site, layout, block, work.rows, work.ratios)
         if all(getattr(cost, q) < getattr(full, q) or getattr(full, q) == 0 for q in QUANTITIES):

@@ -189,7 +189,7 @@ def _empty(tensor: Tensor) -> None:
     """
     whole = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     with torch.no_grad():
-        tensor.set_(whole)
+        tensor.set_(whole)  # type: ignore[call-overload]
     tensor.untyped_storage().resize_(0)
 
 

@@ -11,10 +11,22 @@ from importlib.metadata import entry_points
 from inspect import isabstract
 
 from ..errors import OptionError
+from ._als import AlternatingDecomposition, refine
 from ._linalg import bias_shift, energy, low_rank
 from .base import Decomposition, Factors, rebuild
 
-__all__ = ["Decomposition", "Factors", "bias_shift", "energy", "get", "low_rank", "names", "rebuild"]
+__all__ = [
+    "AlternatingDecomposition",
+    "Decomposition",
+    "Factors",
+    "bias_shift",
+    "energy",
+    "get",
+    "low_rank",
+    "names",
+    "rebuild",
+    "refine",
+]
 
 
 @cache

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ..ir import Layout, Metric
 from ..ir.layout import Piece
-from ._conv import weight_axes
 from ._linalg import energy, power_of_two
 from .base import Decomposition, Factors
 
@@ -349,7 +348,9 @@ class AlternatingDecomposition(Decomposition):
         stored = [float(layout.params) for layout in layouts]
         places = sorted(range(len(lattice)), key=lambda k: stored[k])
         step = max(1, len(places) - 1) / max(1, min(self.probes, len(places)) - 1)
-        probed = sorted({places[round(k * step)] for k in range(min(self.probes, len(places)))}, key=lambda k: stored[k])
+        probed = sorted(
+            {places[round(k * step)] for k in range(min(self.probes, len(places)))}, key=lambda k: stored[k]
+        )
         found: list[tuple[float, float]] = []
         for k in probed:
             error = min(1.0, self._fit(weight, layouts[k], metric, sweeps=2)[1])

@@ -88,6 +88,9 @@ class Program(Protocol):
         batch, by default the example (0 if not counted).
         """
 
+    def declines(self, site: Site, block: Block) -> str | None:
+        """Why this door cannot write a block in place of the site; None if it can."""
+
     def replace(self, site: Site, new: Replacement) -> None:
         """Note that all uses of ``site`` are to be replaced."""
 

@@ -1,6 +1,6 @@
 """The intermediate values of the compiler. Standard library only; everything here is immutable."""
 
-from .block import Block, Op, conv_shape
+from .block import Block, Op, contraction, conv_groups, conv_shape
 from .equation import Equation, Term
 from .layout import Layout, Piece, Pivot, Rebuild
 from .metric import METRICS, Metric
@@ -34,6 +34,8 @@ __all__ = [
     "Term",
     "Window",
     "assign",
+    "contraction",
+    "conv_groups",
     "conv_shape",
     "same_weight",
     "window_attributes",

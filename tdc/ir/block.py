@@ -4,7 +4,10 @@ Primitives (``b`` stands for all leading axes of the activation, for convolution
 
 ==========  ===========================================================================================
 ``matmul``  inputs (activation, factor), with its equation, e.g. ``b i, r i -> b r``
-``conv``    the same for convolutions, with its windows, e.g. ``b g i p q, (g r) i p q -> b g r``
+``contract`` the same with several axes in one: ``b (i1 i2), r o2 i1 i2 -> b (i1 r o2)``; the input of the block has
+            zeros behind it where the axes hold more, and its output has more behind it that is cut off
+``conv``    the same for convolutions, with its windows, e.g. ``b g i p q, (g r) i p q -> b g r``; axes that activation,
+            factor and output share lie in front and are groups
 ``take``    inputs (activation, index factor): entries ``index[start:stop]`` of the channel axis
 ``concat``  inputs (activation, activation, ...): side by side along the channel axis
 ``add``     inputs (activation, activation): elementwise sum
@@ -23,14 +26,15 @@ from .equation import Equation
 from .site import OpKind
 from .window import Window
 
-__all__ = ["PRIMITIVES", "Block", "Op", "conv_shape", "without_gather"]
+__all__ = ["PRIMITIVES", "Block", "Op", "contraction", "conv_groups", "conv_shape", "without_gather"]
 
-PRIMITIVES = ("matmul", "conv", "take", "concat", "add")
+PRIMITIVES = ("matmul", "contract", "conv", "take", "concat", "add")
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One primitive: ``output = kind(inputs)``. ``equation`` for matmul and conv, ``start``/``stop`` for take.
+    """One primitive: ``output = kind(inputs)``. ``equation`` for matmul, contract and conv, ``start``/``stop`` for
+    take; a contract keeps ``stop`` entries of its output (0: all).
 
     ``windows`` of a conv: one for each window axis of the site's kind; those that its factor lacks have one tap.
     """
@@ -149,8 +153,34 @@ def without_gather(block: Block) -> Block:
 def conv_shape(op: Op, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a conv's factor as convolution operators take it: (outputs, inputs per group, every window axis).
 
-    The factor is stored with only the window axes of its term; the others have one tap.
+    The factor is stored with only the window axes of its term; the others have one tap. One that sums over no channels
+    has one input per group.
     """
     assert op.equation is not None
-    carried = dict(zip((group[0] for group in op.equation.inputs[1].groups[2:]), shape[2:], strict=True))
-    return (*shape[:2], *(carried.get(window.axis, 1) for window in op.windows))
+    windows = [window.axis for window in op.windows]
+    carried = {
+        group[0]: size for group, size in zip(op.equation.inputs[1].groups, shape, strict=True) if group[0] in windows
+    }
+    inputs = shape[1 : len(shape) - len(carried)]
+    return (shape[0], *(inputs or (1,)), *(carried.get(axis, 1) for axis in windows))
+
+
+def contraction(op: Op, sizes: Mapping[str, int], behind: str = "") -> tuple[tuple[int, ...], str]:
+    """A contract as einsum: the sizes of the activation's axes after ``b``, and the subscripts, ``...ab,cdab->...cd``.
+
+    ``behind``: the letter of one more axis of activation and output that comes last.
+    """
+    assert op.equation is not None
+    activation, factor, output = (term.axes for term in (*op.equation.inputs, op.equation.output))
+    letters = dict(zip((axis for axis in op.equation.axes if axis != "b"), "abcdefghijklmnopqrstuvwxy", strict=False))
+    text = ["".join(letters[axis] for axis in axes if axis != "b") for axes in (activation, factor, output)]
+    split = tuple(sizes[axis] for axis in activation if axis != "b")
+    return split, f"...{text[0]}{behind},{text[1]}->...{text[2]}{behind}"
+
+
+def conv_groups(op: Op, sizes: Mapping[str, int]) -> int:
+    """The groups of a conv: the product of the axes that activation, factor and output share."""
+    assert op.equation is not None
+    activation, factor = (term.axes for term in op.equation.inputs)
+    shared = set(activation) & set(factor) & set(op.equation.output.axes)
+    return math.prod(sizes[axis] for axis in shared - {window.axis for window in op.windows})

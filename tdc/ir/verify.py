@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import VerificationError
 from .block import PRIMITIVES, Block, Op
 
-__all__ = ["verify_block"]
+__all__ = ["verify_block", "verify_conv"]
 
 
 def verify_block(block: Block) -> None:
@@ -27,10 +27,10 @@ def verify_block(block: Block) -> None:
             raise VerificationError(f"'{op}' has only constant inputs: a constant folder would undo it")
         if op.output in factors | values:
             raise VerificationError(f"'{op}' assigns {op.output!r} a second time")
-        if (op.kind in ("matmul", "conv")) != (op.equation is not None):
-            raise VerificationError(f"'{op}': matmul and conv, and only they, have an equation")
+        if (op.kind in ("matmul", "contract", "conv")) != (op.equation is not None):
+            raise VerificationError(f"'{op}': matmul, contract and conv, and only they, have an equation")
         if op.kind == "conv":
-            _verify_conv(op, block)
+            verify_conv(op, block)
         slides += [window.axis for window in op.windows if not window.trivial]
         values.add(op.output)
     if block.output not in values:
@@ -42,16 +42,20 @@ def verify_block(block: Block) -> None:
         raise VerificationError(f"factors {unused} are never used")
 
 
-def _verify_conv(op: Op, block: Block) -> None:
+def verify_conv(op: Op, block: Block) -> None:
     """A conv's factor lies as convolution operators take it: (groups outputs), inputs, window axes in their order."""
     assert op.equation is not None
     first, *rest = op.equation.inputs[1].groups
-    names = [group[0] for group in rest[1:]]
+    names = [group[0] for group in rest if group[0] in block.kind.windows]
     order = [axis for axis in block.kind.windows if axis in names]
-    if len(first) != 2 or first[0] != "g" or any(len(group) != 1 for group in rest) or not rest or names != order:
+    inputs = rest[: len(rest) - len(names)]
+    if first[0] != "g" or len(inputs) > 1 or any(len(group) != 1 for group in rest[len(inputs) :]) or names != order:
         raise VerificationError(f"'{op}': the factor of a convolution is '(g outputs) inputs windows'")
-    activation = op.equation.inputs[0].axes
-    if rest[0][0] not in activation or (rest[0][0] in op.equation.output.axes and first[1] != rest[0][0]):
-        raise VerificationError(f"'{op}' does not sum over the inputs {rest[0][0]!r} of its factor")
+    output = set(op.equation.output.axes)
+    channels = [a for a in op.equation.inputs[0].axes if a != "b" and a not in block.kind.windows]
+    summed = [axis for group in inputs for axis in group]
+    shared = [axis for axis in channels if axis in first]
+    if output & set(summed) or channels != [*shared, *summed] or list(first[: len(shared)]) != shared:
+        raise VerificationError(f"'{op}': the channels {channels} are not its groups and its inputs {summed}")
     if tuple(window.axis for window in op.windows) != block.kind.windows:
         raise VerificationError(f"'{op}' states the windows {op.windows}, not one for each of {block.kind.windows}")

@@ -27,7 +27,7 @@ class ActivationFirst(PathOptimizer):
     """Orders in which operand 0, the activation, takes part in every contraction; the one of fewest multiply-adds.
 
     A step between two factors would have only constant inputs: a constant folder downstream would run it once and put
-    the dense weight back. Among at most four factors all orders are tried; one without outer products is taken where
+    the dense weight back. All orders are tried; one without outer products is taken where
     there is one.
 
     ``strides``: the window axes of a convolution with their strides. Such an axis lies on the activation's sliding
@@ -86,7 +86,7 @@ def contraction_paths(kind: OpKind, layout: Layout, windows: tuple[Window, ...] 
 
 
 def _piece_path(kind: OpKind, layout: Layout, piece: Piece, windows: tuple[Window, ...]) -> Path:
-    whole = kind.dense.substitute(1, piece.equation)
+    whole = _split(kind.dense, layout).substitute(1, piece.equation)
     for window in windows:
         if sum(window.axis in term.axes for term in whole.inputs[1:]) > 1:
             raise ValueError(f"two factors of '{piece}' slide over the window axis {window.axis}")
@@ -98,6 +98,17 @@ def _piece_path(kind: OpKind, layout: Layout, piece: Piece, windows: tuple[Windo
     search = ActivationFirst({code[window.axis]: window.stride for window in windows})
     path, _ = opt_einsum.contract_path(text, *shapes, shapes=True, optimize=search)
     return _slid(_steps(whole, piece.operands, path), windows)
+
+
+def _split(dense: Equation, layout: Layout) -> Equation:
+    """The dense equation of an operator with the axes into which the layout splits those of the weight."""
+    outputs, *inputs = layout.rebuild.output.groups
+    names = {"i": inputs[0], "o": tuple(axis for axis in outputs if axis != "g")}
+    terms = [
+        Term(tuple((axis,) for group in term.groups for old in group for axis in names.get(old, (old,))))
+        for term in (*dense.inputs, dense.output)
+    ]
+    return Equation(tuple(terms[:-1]), terms[-1])
 
 
 def _slid(path: Path, windows: tuple[Window, ...]) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
 
-from ..ir import Block, Decline, Layout, Op, OpKind, Path, Pivot, Step
+from ..ir import Block, Decline, Equation, Layout, Op, OpKind, Path, Pivot, Step, Term
 from ..ir.verify import verify_block
 
 __all__ = ["Target", "straight_line"]
@@ -32,13 +33,18 @@ class Target:
 
 
 @lru_cache(maxsize=4096)
-def straight_line(kind: OpKind, layout: Layout, paths: tuple[Path, ...]) -> Block:
+def straight_line(kind: OpKind, layout: Layout, paths: tuple[Path, ...]) -> Block | Decline:
     """Lower every piece to a chain of products, share what is equal, and sum the pieces.
 
     A factor that is stored without its identity block (see :class:`tdc.ir.Pivot`) is one gather: at an input, the
-    entries of the identity pass by the product and are added to it; at an output, they stand beside it.
+    entries of the identity pass by the product and are added to it; at an output, they stand beside it. Declined: a
+    convolution by a factor that all channels share.
     """
     builder = _Builder(kind, layout)
+    if kind.is_conv:
+        for step in (step for path in paths for step in path):
+            if not _is_convolution(kind, step):
+                return Decline(f"no convolution applies '{step}' by itself")
     ends = [builder.chain("x", path) for path in paths]
     output = ends[0]
     for end in ends[1:]:
@@ -48,6 +54,13 @@ def straight_line(kind: OpKind, layout: Layout, paths: tuple[Path, ...]) -> Bloc
     block = Block(factors, tuple(builder.ops), output, layout.sizes, kind=kind)
     verify_block(block)
     return block
+
+
+def _is_convolution(kind: OpKind, step: Step) -> bool:
+    """Whether every channel of the activation is a group of the factor or summed over."""
+    activation, factor = (set(term.axes) for term in step.equation.inputs)
+    channels = activation - {"b", *kind.windows}
+    return "g" in factor and not channels - factor and bool(step.equation.inputs[1].groups[0][0] == "g")
 
 
 class _Builder:
@@ -77,7 +90,20 @@ class _Builder:
 
     def product(self, value: str, step: Step) -> str:
         kind = "conv" if self.kind.is_conv else "matmul"
+        terms = (*step.equation.inputs, step.equation.output)
+        if kind == "matmul" and any(len(term.axes) > 2 for term in terms):
+            return self.contract(value, step)
         return self.emit(Op(kind, "", (value, step.factor), step.equation, windows=step.windows))
+
+    def contract(self, value: str, step: Step) -> str:
+        """With the axes of activation and output behind ``b`` in one; of the last output, as many as there are."""
+        axes, (activation, factor), output = self.layout.axes, step.equation.inputs, step.equation.output
+        flat = [Term((("b",), tuple(axis for axis in term.axes if axis != "b"))) for term in (activation, output)]
+        stop = 0
+        if output.axes == ("b", *self.layout.rebuild.output.groups[0]):
+            stop = axes["o"] if math.prod(axes[axis] for axis in flat[1].groups[1]) > axes["o"] else 0
+        equation = Equation((flat[0], factor), flat[1])
+        return self.emit(Op("contract", "", (value, step.factor), equation, stop=stop))
 
     def pivoted_input(self, value: str, step: Step, pivot: Pivot) -> str:
         whole, kept = self._entries(pivot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import VerificationError
-from ...ir import Block, Op, Window, conv_shape
+from ...ir import Block, Op, Window, contraction, conv_groups, conv_shape
 from ..graph import memory_format
 from .match import Norm, Use
 
@@ -85,6 +86,7 @@ class _Line:
         self.values[self.block.input] = self.call(aten.unsqueeze.default, entry, 0) if self.unbatched else entry
         emit = {
             "matmul": self.matmul,
+            "contract": self.contract,
             "conv": self.convolution,
             "take": self.take,
             "concat": self.concat,
@@ -123,6 +125,23 @@ class _Line:
         bias = self.own_bias() if op.output == self.block.output else None
         return self.call(aten.linear.default, self.values[op.inputs[0]], factor, *([] if bias is None else [bias]))
 
+    def contract(self, op: Op) -> fx.Node:
+        sizes, axes = dict(self.block.sizes), op.equation.inputs[1].axes  # type: ignore[union-attr]
+        split, text = contraction(op, sizes)
+        shape = [sizes[axis] for axis in axes]
+        factor = self.held(op.inputs[1], lambda: self.factors[op.inputs[1]].reshape(shape))
+        activation = self.values[op.inputs[0]]
+        missing = math.prod(split) - sizes["i"]
+        if op.inputs[0] == self.block.input and missing:
+            activation = self.call(aten.constant_pad_nd.default, activation, [0, missing], 0.0)
+        parts = self.call(aten.unflatten.int, activation, -1, list(split))
+        result = self.call(aten.einsum.default, text, [parts, factor])
+        count = len(op.equation.output.groups[1])  # type: ignore[union-attr]
+        result = self.call(aten.flatten.using_ints, result, -count, -1)
+        if op.stop:
+            result = self.call(aten.slice.Tensor, result, -1, 0, op.stop)
+        return self.biased(result) if op.output == self.block.output else result
+
     def convolution(self, op: Op) -> fx.Node:
         stored = self.factors[op.inputs[1]]
         kernel = self.held(
@@ -136,7 +155,7 @@ class _Line:
             pads = [(0, 0)] * len(pads)
         bias = self.own_bias() if op.output == self.block.output else None
         strides, dilations = [w.stride for w in op.windows], [w.dilation for w in op.windows]
-        before, groups = [first for first, _ in pads], dict(self.block.sizes)["g"]
+        before, groups = [first for first, _ in pads], conv_groups(op, dict(self.block.sizes))
         return self.call(_CONVOLVE[self.axes], activation, kernel, bias, strides, before, dilations, groups)
 
     def take(self, op: Op) -> fx.Node:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import CalibrationError, ModelError
-from ...ir import Cost, Remark, Site, window_attributes
+from ...ir import Block, Cost, Remark, Site, window_attributes
 from ..count import Counter
 from ..graph import fold_norm, gain_before, memory_format
 from ..program import Change, Replacement, Tap, sketch
@@ -202,6 +202,9 @@ class FxProgram:
         return bias if shift is None else (bias.double() + shift.to(bias.device)).to(bias.dtype)
 
     # ---- cutting
+
+    def declines(self, site: Site, block: Block) -> str | None:
+        return None
 
     def replace(self, site: Site, new: Replacement) -> None:
         if site.order not in self._by_order:

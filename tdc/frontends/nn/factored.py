@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...ir import Block, Op, Window, conv_shape
+from ...ir import Block, Op, Window, contraction, conv_groups, conv_shape
 from ..graph import memory_format
 from .layers import padded, stored_weight
 from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
@@ -219,6 +220,18 @@ def _matmul(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor
     return functional.linear(activation, factor, bias)
 
 
+def _contract(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    split, text = contraction(op, dict(module.block.sizes))
+    activation, missing = values[op.inputs[0]], math.prod(split) - values[op.inputs[0]].shape[-1]
+    if missing:
+        activation = functional.pad(activation, (0, missing))
+    factor, axes = getattr(module, f"weight_{op.inputs[1]}"), op.equation.inputs[1].axes  # type: ignore[union-attr]
+    factor = factor.reshape([dict(module.block.sizes)[axis] for axis in axes])
+    result = torch.einsum(text, activation.unflatten(-1, split), factor)
+    result = result.flatten(activation.ndim - 1)[..., : op.stop or None]
+    return result if bias is None else result + bias
+
+
 _CONVOLVE: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 
@@ -239,7 +252,7 @@ def _convolved(module: Factored, op: Op, activation: Tensor, factor: Tensor, bia
         activation = functional.pad(activation, [size for pair in reversed(pads) for size in pair])
         pads = [(0, 0)] * len(pads)
     strides, dilations = [w.stride for w in op.windows], [w.dilation for w in op.windows]
-    groups = dict(module.block.sizes)["g"]
+    groups = conv_groups(op, dict(module.block.sizes))
     run = _CONVOLVE[len(pads) - 1]
     return run(activation, kernel, bias, strides, [before for before, _ in pads], dilations, groups)
 
@@ -257,5 +270,12 @@ def _add(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | 
     return values[op.inputs[0]] + values[op.inputs[1]]
 
 
-_EMIT: dict[str, Any] = {"matmul": _matmul, "conv": _conv, "take": _take, "concat": _concat, "add": _add}
+_EMIT: dict[str, Any] = {
+    "matmul": _matmul,
+    "contract": _contract,
+    "conv": _conv,
+    "take": _take,
+    "concat": _concat,
+    "add": _add,
+}
 _EMIT |= {ROWS: _whole, COLUMNS: _whole}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CalibrationError, ModelError
-from ...ir import Cost, Decline, Remark, Site, window_attributes
+from ...ir import Block, Cost, Decline, Remark, Site, window_attributes
 from ..count import Counter
 from ..graph import floating_outputs, memory_format
 from ..program import Change, Replacement, Tap, passed_over_weight, sketch
@@ -204,6 +204,9 @@ class NnProgram:
                 raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
 
     # ---- cutting
+
+    def declines(self, site: Site, block: Block) -> str | None:
+        return None
 
     def replace(self, site: Site, new: Replacement) -> None:
         weight = self._by_order[site.order]

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import VerificationError
-from ...ir import Equation, Op, Window
-from ...ir.block import conv_shape
+from ...ir import Op, Window, conv_groups, conv_shape
 from .line import Attributes, Line, Part
 from .tail import is_void
 
-__all__ = ["ConvolutionLine", "check_convolution"]
+__all__ = ["ConvolutionLine"]
 
 _AUTO = {"upper": "SAME_UPPER", "lower": "SAME_LOWER"}
 
@@ -26,7 +24,7 @@ class ConvolutionLine(Line):
     it is added.
     """
 
-    products = "conv"
+    products = ("conv",)
     axis = 1
 
     def __init__(self, *arguments: Any) -> None:
@@ -57,7 +55,7 @@ class ConvolutionLine(Line):
             inputs.append(self.store.bias(self.spread[op.output], (-1,), self.dtype))
         elif op.output == self.end() and (old := self._old_bias()) is not None:
             inputs.append(old)
-        attributes = _attributes(op.windows, self.groups)
+        attributes = _attributes(op.windows, conv_groups(op, dict(self.block.sizes)))
         return self.node("Conv", op.output, inputs, shape[0], attributes, _slid(part.value.shape, shape[0], op.windows))
 
     def finished(self, part: Part) -> Part:
@@ -118,14 +116,6 @@ class ConvolutionLine(Line):
         """Whether a convolution makes a value that only so many inputs read."""
         op = self.maker(name)
         return op is not None and op.kind == "conv" and self.readers(name) == readers
-
-
-def check_convolution(equation: Equation) -> None:
-    """Raise VerificationError unless the factor ``(g o) i ...`` contracts an axis of the activation, whole."""
-    factor, axes = equation.inputs[1].groups, equation.inputs[0].axes
-    kept = [axis for axis in axes if axis not in equation.inputs[1].axes]
-    if len(factor) < 2 or factor[1][0] not in axes or not {"b", *kept, *factor[0]} == set(equation.output.axes):
-        raise VerificationError(f"the ONNX frontend cannot write a convolution '{equation}'")
 
 
 def _attributes(windows: tuple[Window, ...], groups: int) -> Attributes:

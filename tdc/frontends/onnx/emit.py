@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...errors import VerificationError
 from ...ir import Block
+from ...ir.verify import verify_conv
 from .constants import known, shape_part
-from .convolution import ConvolutionLine, check_convolution
+from .convolution import ConvolutionLine
 from .line import Line, Names
 from .linear import LinearLine, contracts_second
 from .names import unique_name
@@ -29,12 +30,12 @@ def check_block(block: Block) -> None:
     """Raise VerificationError for a block that this frontend cannot write."""
     line: type[Line] = ConvolutionLine if block.kind.is_conv else LinearLine
     for op in block.ops:
-        if op.kind not in (*_PRIMITIVES, line.products):
+        if op.kind not in (*_PRIMITIVES, *line.products):
             raise VerificationError(f"the ONNX frontend cannot write '{op}'")
         if op.kind == "matmul" and op.equation is not None:
             contracts_second(op.equation)
-        if op.kind == "conv" and op.equation is not None:
-            check_convolution(op.equation)
+        if op.kind == "conv":
+            verify_conv(op, block)
 
 
 class Emitter:

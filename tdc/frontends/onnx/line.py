@@ -44,8 +44,8 @@ class Line:
     keeps its own one, if it has any.
     """
 
-    products: ClassVar[str]
-    """The primitive that multiplies by a factor."""
+    products: ClassVar[tuple[str, ...]]
+    """The primitives that multiply by a factor."""
 
     def __init__(self, use: Use, block: Block, store: Store, names: Names, bias: np.ndarray | None) -> None:
         self.use, self.block, self.store, self.names, self.bias = use, block, store, names, bias
@@ -63,7 +63,8 @@ class Line:
         return self.finished(parts[self.block.output]).value, self.new
 
     def _primitive(self, kind: str) -> Callable[[Op, list[Part]], Part]:
-        return {self.products: self.product, "take": self.take, "concat": self.concat, "add": self.add}[kind]
+        others = {"take": self.take, "concat": self.concat, "add": self.add}
+        return self.product if kind in self.products else others[kind]
 
     @property
     def axis(self) -> int:

@@ -7,13 +7,14 @@ constant inputs.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ...errors import VerificationError
-from ...ir import Equation, Op
+from ...ir import Equation, Op, contraction
 from .line import Attributes, Line, Part
 from .operators import NEGATIVE_AXES_OPSET
 from .tail import scales
@@ -35,7 +36,7 @@ def contracts_second(equation: Equation) -> bool:
 class LinearLine(Line):
     """A block in place of a MatMul or Gemm."""
 
-    products = "matmul"
+    products = ("matmul", "contract")
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -63,6 +64,8 @@ class LinearLine(Line):
     def product(self, op: Op, parts: list[Part]) -> Part:
         """``b i, r i -> b r``: the factor on the right, transposed, or on the left as it is."""
         assert op.equation is not None
+        if op.kind == "contract":
+            return self._contract(op, parts[0])
         second = contracts_second(op.equation)
         factor = self.store.matrix(op.inputs[1], second == self.last, self.dtype)
         inputs = [parts[0].value, factor] if self.last else [factor, parts[0].value]
@@ -76,7 +79,60 @@ class LinearLine(Line):
             return dict(self.block.sizes)["i"]
         if op.equation is None:
             return self.narrow(op)
+        if op.kind == "contract":
+            return op.stop or self._whole(op)
         return int(self.store.factors[op.inputs[1]].shape[0 if contracts_second(op.equation) else 1])
+
+    def _whole(self, op: Op) -> int:
+        assert op.equation is not None
+        sizes = dict(self.block.sizes)
+        return math.prod(sizes[axis] for axis in op.equation.output.groups[1])
+
+    def _contract(self, op: Op, part: Part) -> Part:
+        """Reshape, Einsum, Reshape; with zeros behind the input, and less of the output, where the axes hold more."""
+        assert op.equation is not None
+        sizes = dict(self.block.sizes)
+        split, text = contraction(op, sizes, "" if self.last else "z")
+        factor = self.store.window(op.inputs[1], tuple(sizes[axis] for axis in op.equation.inputs[1].axes), self.dtype)
+        missing = math.prod(split) - part.width
+        if missing:
+            ends = [0] * (2 * self._rank)
+            ends[self.axis] = missing
+            pads = self.store.integers("pads", ends)
+            part = self.node("Pad", f"{op.output}_padded", [part.value, pads], part.width + missing)
+        shape = self.store.integers("split", self._around([*split]))
+        apart = self.node("Reshape", f"{op.output}_split", [part.value, shape], 0, shape=self._unknown(len(split) - 1))
+        new = len(op.equation.output.groups[1])
+        whole = self._whole(op)
+        result = self.node(
+            "Einsum", op.output, [apart.value, factor], 0, {"equation": text}, shape=self._unknown(new - 1)
+        )
+        shape = self.store.integers("whole", self._around([whole]))
+        flat = self.node("Reshape", f"{op.output}_flat", [result.value, shape], whole, shape=self._flat(whole))
+        if not op.stop:
+            return flat
+        parts = [self.store.integers("slice", [number]) for number in (0, op.stop, self.axis)]
+        return self.node("Slice", f"{op.output}_kept", [flat.value, *parts], op.stop)
+
+    @property
+    def _rank(self) -> int:
+        shape = self.use.activation.shape
+        assert shape is not None  # else the site's candidates were declined
+        return len(shape)
+
+    def _around(self, sizes: list[int]) -> list[int]:
+        """A shape with these sizes in place of the working axis and the others as they are."""
+        return [0] * (self._rank - 1) + sizes if self.last else [0] * (self._rank - 2) + sizes + [-1]
+
+    def _unknown(self, more: int) -> ir.Shape:
+        return ir.Shape([None] * (self._rank + more))
+
+    def _flat(self, width: int) -> ir.Shape:
+        sizes = list(self.use.activation.shape or ())
+        if self.use.form.input_last != self.last:
+            sizes.reverse()
+        sizes[-1 if self.last else -2] = width
+        return ir.Shape(sizes)
 
     def _old_bias(self) -> ir.Value | None:
         inputs = self.use.node.inputs

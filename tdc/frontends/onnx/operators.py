@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from ...ir import CONVOLUTIONS, Decline, OpKind, Window
 
-__all__ = ["MATCHERS", "NEGATIVE_AXES_OPSET", "OLDEST_OPSET", "Form", "opset", "sizes_of"]
+__all__ = ["EINSUM_OPSET", "MATCHERS", "NEGATIVE_AXES_OPSET", "OLDEST_OPSET", "Form", "opset", "sizes_of"]
 
 OLDEST_OPSET = 7
 """Broadcasting is numpy's from this opset on."""
+EINSUM_OPSET = 12
 NEGATIVE_AXES_OPSET = 11
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ...errors import CalibrationError, PlanError, VerificationError
-from ...ir import Cost, Remark, Site
+from ...ir import Block, Cost, Remark, Site
 from ..program import Change, Replacement, Tap
 from .calibration import Batch, read_batches
 from .cost import run_cost
@@ -21,6 +21,7 @@ from .fold import consumers, regions
 from .gains import gain_before
 from .load import REMARKS
 from .match import find_sites
+from .operators import EINSUM_OPSET, opset
 from .running import Fed, clone, double, moved, with_taps, with_weight_inputs
 from .runtime import Session, first_line, free_names, ort_errors
 from .tail import scales
@@ -152,6 +153,16 @@ class OnnxProgram:
             if isinstance(graph, ir.Graph):
                 yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
             yield from (tensor for node in graph if (tensor := constant_tensor(node)) is not None)
+
+    def declines(self, site: Site, block: Block) -> str | None:
+        if all(op.kind != "contract" for op in block.ops):
+            return None
+        version = opset(self.model)
+        if version < EINSUM_OPSET:
+            return f"opset {version} has no Einsum, which came with {EINSUM_OPSET}"
+        if any(use.activation.shape is None for use in self._match(site.order).uses):
+            return "the rank of the activation is unknown"
+        return None
 
     def replace(self, site: Site, new: Replacement) -> None:
         """Note a replacement; the file does not record the name of its decomposition.

@@ -55,6 +55,13 @@ class Store:
             self._known[key] = self.constant(f"{self.name}.tdc_{what}", values, dtype)
         return self._known[key]
 
+    def integers(self, what: str, numbers: list[int]) -> ir.Value:
+        key = (what, *numbers)
+        if key not in self._known:
+            values = np.array(numbers, dtype=np.int64)
+            self._known[key] = self.constant(f"{self.name}.tdc_{what}", values, ir.DataType.INT64)
+        return self._known[key]
+
     def bias(self, entries: np.ndarray, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
         """A bias of a replacement, given in float64."""
         return self.constant(f"{self.name}.tdc_bias", entries.reshape(shape).astype(dtype.numpy()), dtype)

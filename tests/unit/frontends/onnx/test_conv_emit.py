@@ -296,7 +296,7 @@ def test_what_cannot_be_written_is_refused_before_the_cut(opened: Opened) -> Non
     window, sizes = Window("p"), (("g", 1), ("o", 4), ("i", 3), ("p", 1))
     bad = Op("conv", "t0", ("x", "f"), Equation.parse("b g i p, (g o) r p -> b g i o r"), windows=(window,))
     cases = {
-        "cannot write a convolution": Block((("f", (4, 1, 1)),), (bad,), "t0", sizes, kind=OpKind.CONV1D),
+        "are not its groups and its inputs": Block((("f", (4, 1, 1)),), (bad,), "t0", sizes, kind=OpKind.CONV1D),
         "the block of a linear for a conv1d": Block((("f", (4, 1, 1)),), (), "x", sizes),
         "cannot write 't0 = matmul": Block(
             (("f", (4, 3)),),
