@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -36,8 +36,7 @@ class ProposeLayouts(Pass):
     name = "propose-layouts"
 
     def run(self, unit: Unit) -> Unit:
-        allowed = unit.options.allow or decompositions.names()
-        chosen = [decompositions.get(name) for name in allowed if name != DENSE]
+        chosen = _allowed(unit.options.allow)
         known = site_statistics(unit)
         proposed, remarks = {}, []
         for site in track(unit.sites, "proposing layouts", show=unit.options.progress):
@@ -49,6 +48,15 @@ class ProposeLayouts(Pass):
                     Remark(site.name, self.name, f"{site.label}: {tried} has no rank that stores less than dense")
                 )
         return unit.having(candidates=proposed).remarking(*remarks)
+
+
+def _allowed(names: Sequence[str]) -> list[decompositions.Decomposition]:
+    """Those that are named; ``all`` names every one, and nothing those that are tried by default."""
+    if "all" in names:
+        return [decompositions.get(name) for name in decompositions.names()]
+    if names:
+        return [decompositions.get(name) for name in names if name != DENSE]
+    return [d for d in map(decompositions.get, decompositions.names()) if d.by_default]
 
 
 def metric_of(unit: Unit, site: Site, entry: SiteStatistics | None, weight: Tensor, *, fitting: bool = True) -> Metric:
@@ -106,10 +114,21 @@ def lowered(target: Target, candidate: Candidate) -> tuple[Layout, Block | Decli
     """
     site = candidate.site
     layout = _layout(candidate.decomposition, site.sizes, candidate.ranks, candidate.variant)
-    block = target.lower(site.kind, layout, contraction_paths(site.kind, layout, site.windows))
+    if candidate.execution == "factored":
+        block = _straight(target, site, layout)
+    else:
+        block = target.lower_weight(site.kind, layout, site.windows, candidate.execution)
     if candidate.folded and isinstance(block, Block):
         block = without_gather(block)
     return layout, block
+
+
+def _straight(target: Target, site: Site, layout: Layout) -> Block | Decline:
+    try:
+        paths = contraction_paths(site.kind, layout, site.windows)
+    except ValueError as error:
+        return Decline(str(error))
+    return target.lower(site.kind, layout, paths)
 
 
 def _candidates(
@@ -141,7 +160,7 @@ def _points(
     work: Work,
 ) -> list[Candidate]:
     """One variant's candidates that are smaller than dense."""
-    site, full = dense.site, dense.cost
+    site = dense.site
     full_rank = min(decomposition.full_ranks(site.axes, variant).values())
     step = unit.target.rank_step(full_rank) if unit.options.allocation != "uniform" else 1
     lattice = decomposition.rank_lattice(site.axes, step, variant)
@@ -152,13 +171,30 @@ def _points(
         point = replace(
             dense, decomposition=decomposition.name, variant=variant, ranks=tuple(ranks.items()), error=rounded
         )
-        layout, block = lowered(unit.target, point)
+        taken = _executed(unit, point, work)
+        if taken is not None:
+            found.append(taken)
+    return found
+
+
+def _executed(unit: Unit, point: Candidate, work: Work) -> Candidate | None:
+    """The point as it runs: with its factors, where that takes fewer multiply-adds than dense; else, for formats that
+    are for storage, with the weight that they build when the model is loaded. None where it stores no less than dense,
+    or the door cannot write it.
+    """
+    site, full = point.site, point.dense_cost
+    for execution in ("factored", "stored") if decompositions.get(point.decomposition).storage else ("factored",):
+        candidate = replace(point, execution=execution)
+        layout, block = lowered(unit.target, candidate)
         if isinstance(block, Decline) or unit.program.declines(site, block) is not None:
             continue
         cost = block_cost(site, layout, block, work.rows, work.ratios)
-        if all(getattr(cost, q) < getattr(full, q) or getattr(full, q) == 0 for q in QUANTITIES):
-            found.append(replace(point, cost=cost))
-    return found
+        smaller = {q: getattr(cost, q) < getattr(full, q) or getattr(full, q) == 0 for q in QUANTITIES}
+        if execution != "factored":
+            smaller["macs"] = cost.macs <= full.macs
+        if all(smaller.values()):
+            return replace(candidate, cost=cost)
+    return None
 
 
 def _useful(options: list[Candidate]) -> list[Candidate]:

@@ -33,7 +33,8 @@ def checked_options(
     """Options, with everything that can be wrong in them refused before any long work."""
     allowed, excluded = Options.names(allow, "allow"), Options.names(exclude, "exclude")
     for name in allowed:
-        decompositions.get(name)
+        if name != "all":
+            decompositions.get(name)
     if budget is not None:
         Budget.parse(budget)
     return Options(budget, metric, target, allowed, excluded, allocation, seed, progress)

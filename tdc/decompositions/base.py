@@ -32,6 +32,14 @@ class Decomposition(ABC):
     """Variant -> rebuild equation (see :class:`tdc.ir.Rebuild`). Of a linear weight it begins with ``o i =``, of a
     convolution's with ``(g o) i * =``, where ``*`` stands for the window axes ``p``, ``p q`` or ``p q z``. Axes of the
     weight may be split, ``(o1 o2) (i1 i2) =``: see :meth:`modes`."""
+    by_default: ClassVar[bool] = True
+    """Whether it is tried where the user names no formats. Formats that no measurement found on the front of accuracy
+    against time are there to be named."""
+    storage: ClassVar[bool] = False
+    """Whether to propose it also where running its factors takes no fewer multiply-adds than dense: they then build the
+    dense weight when the model is loaded."""
+    exact_at_full_rank: ClassVar[bool] = True
+    """Whether some ranks reproduce every weight; else ``full_ranks`` are the most that make sense."""
     projects_outputs: ClassVar[bool] = False
     """Whether a fit needs no more of the input than the moment of the output (``Metric.output_moment``)."""
 

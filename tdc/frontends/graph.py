@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..ir import Rebuild
+
 __all__ = [
     "BATCH_NORMS",
     "CONVOLUTIONS",
+    "built",
     "channel_axis",
     "floating_outputs",
     "fold_norm",
@@ -149,6 +152,18 @@ def fold_norm(
     centred = -mean if bias is None else bias.to(exact) - mean
     folded = weight.to(exact) * scale.reshape(-1, *([1] * (weight.ndim - 1)))
     return folded.to(weight.dtype), (centred * scale + known.get("bias", 0.0)).to(weight.dtype)
+
+
+def built(shape: Rebuild, factors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """The dense weight in canonical axes, by a rebuild equation without pivots."""
+    whole: Tensor | None = None
+    for piece in shape.pieces:
+        terms = zip(piece.operands, piece.equation.inputs, strict=True)
+        operands = [factors[name].reshape([sizes[axis] for axis in term.axes]) for name, term in terms]
+        part = torch.einsum(piece.equation.subscripts(), *operands).reshape(shape.output.shape(sizes))
+        whole = part if whole is None else whole + part
+    assert whole is not None
+    return whole if "g" in sizes else whole[: sizes["o"], : sizes["i"]]
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format | None:

@@ -5,7 +5,7 @@ from .equation import Equation, Term
 from .layout import Layout, Piece, Pivot, Rebuild
 from .metric import METRICS, Metric
 from .path import Path, Step
-from .plan import DENSE, Candidate, Cost, Plan
+from .plan import DENSE, EXECUTIONS, Candidate, Cost, Plan
 from .remark import Decline, Remark
 from .site import CONVOLUTIONS, OpKind, Site, assign, same_weight, window_attributes
 from .window import Window
@@ -13,6 +13,7 @@ from .window import Window
 __all__ = [
     "CONVOLUTIONS",
     "DENSE",
+    "EXECUTIONS",
     "METRICS",
     "Block",
     "Candidate",

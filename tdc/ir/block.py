@@ -8,6 +8,8 @@ Primitives (``b`` stands for all leading axes of the activation, for convolution
             zeros behind it where the axes hold more, and its output has more behind it that is cut off
 ``conv``    the same for convolutions, with its windows, e.g. ``b g i p q, (g r) i p q -> b g r``; axes that activation,
             factor and output share lie in front and are groups
+``weight``  inputs the factors: the dense weight in canonical axes, by the rebuild equation of the layout; a matmul or
+            conv with the dense equation applies it
 ``take``    inputs (activation, index factor): entries ``index[start:stop]`` of the channel axis
 ``concat``  inputs (activation, activation, ...): side by side along the channel axis
 ``add``     inputs (activation, activation): elementwise sum
@@ -23,12 +25,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .equation import Equation
+from .layout import Rebuild
 from .site import OpKind
 from .window import Window
 
 __all__ = ["PRIMITIVES", "Block", "Op", "contraction", "conv_groups", "conv_shape", "without_gather"]
 
-PRIMITIVES = ("matmul", "contract", "conv", "take", "concat", "add")
+PRIMITIVES = ("matmul", "contract", "conv", "weight", "take", "concat", "add")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,11 @@ class Op:
     start: int = 0
     stop: int = 0
     windows: tuple[Window, ...] = ()
+    rebuild: Rebuild | None = None
 
     def __str__(self) -> str:
+        if self.rebuild is not None:
+            return f"{self.output} = weight({', '.join(self.inputs)})  # {self.rebuild}"
         if self.kind == "take":
             return f"{self.output} = take({self.inputs[0]}, {self.inputs[1]}[{self.start}:{self.stop}])"
         text = f"{self.output} = {self.kind}({', '.join(self.inputs)})"
@@ -69,6 +75,8 @@ class Block:
     sizes: tuple[tuple[str, int], ...]
     input: str = "x"
     kind: OpKind = OpKind.LINEAR
+    execution: str = "factored"
+    """Whether the ``weight`` op, if there is one, runs when the model is loaded (``stored``) or at every call."""
 
     @property
     def macs(self) -> int:
@@ -82,7 +90,7 @@ class Block:
         runs at every position of its own output: at all entries of the axes that later steps slide over. A window axis
         is counted in the step whose factor carries it, and nowhere else.
         """
-        shapes, sizes = dict(self.factors), dict(self.sizes)
+        shapes, sizes = {**dict(self.factors), **self._dense_shape()}, dict(self.sizes)
         positions = self._positions(ratios)
         total = 0.0
         for op in self.ops:
@@ -101,17 +109,34 @@ class Block:
         last = {name: k for k, op in enumerate(self.ops) for name in op.inputs}
         live, most = {self.input}, 0.0
         for k, op in enumerate(self.ops):
+            if op.kind == "weight":
+                continue
             width[op.output] = self._width(op, width)
             live.add(op.output)
             most = max(most, sum(width[name] * positions[name] for name in live))
             live -= {name for name in live if last.get(name, -1) <= k and name != self.output}
         return most
 
+    def _dense_shape(self) -> dict[str, tuple[int, ...]]:
+        """The shape of a weight that the block builds, by its name."""
+        sizes, dense = dict(self.sizes), self.kind.dense.inputs[1]
+        return {op.output: dense.shape(sizes) for op in self.ops if op.kind == "weight"}
+
+    @property
+    def rebuild_macs(self) -> int:
+        """Multiply-adds of building the dense weight once: of contracting the factors of each piece from the left."""
+        return sum(
+            _chain_macs(piece.equation, dict(self.sizes))
+            for op in self.ops
+            if op.rebuild
+            for piece in op.rebuild.pieces
+        )
+
     def _positions(self, ratios: Mapping[str, float]) -> dict[str, float]:
         """Entries of every value per output position, channels not counted."""
         waiting = {window.axis for op in self.ops for window in op.windows if not window.trivial}
         passed: dict[str, frozenset[str]] = {self.input: frozenset()}
-        for op in self.ops:
+        for op in (op for op in self.ops if op.kind != "weight"):
             before = frozenset().union(*(passed[name] for name in op.inputs if name in passed))
             passed[op.output] = before | {window.axis for window in op.windows if not window.trivial}
         return {name: math.prod(ratios.get(axis, 1.0) for axis in waiting - done) for name, done in passed.items()}
@@ -128,7 +153,8 @@ class Block:
             return sum(width[name] for name in op.inputs)
         if op.equation is None:
             return width[op.inputs[0]]
-        shape, factor = dict(self.factors)[op.inputs[1]], op.equation.inputs[1].groups
+        shape = {**dict(self.factors), **self._dense_shape()}[op.inputs[1]]
+        factor = op.equation.inputs[1].groups
         kept = set(op.equation.output.axes) - {"b"} - {window.axis for window in op.windows}
         if kept == set(factor[0]):
             return shape[0]
@@ -138,6 +164,16 @@ class Block:
         shapes = ", ".join(f"{name}{list(shape)}" for name, shape in self.factors)
         lines = [f"block({self.input}; {shapes})", *(f"  {op}" for op in self.ops), f"  return {self.output}"]
         return "\n".join(lines)
+
+
+def _chain_macs(equation: Equation, sizes: Mapping[str, int]) -> int:
+    first, *rest = (set(term.axes) for term in equation.inputs)
+    total = 0
+    for k, factor in enumerate(rest):
+        later = set(equation.output.axes).union(*rest[k + 1 :])
+        total += math.prod(sizes[axis] for axis in first | factor)
+        first = (first | factor) & later
+    return total
 
 
 def without_gather(block: Block) -> Block:

@@ -16,13 +16,14 @@ from .metric import METRICS
 from .remark import Remark
 from .site import Site, assign
 
-__all__ = ["DENSE", "PLAN_VERSION", "Candidate", "Cost", "Plan"]
+__all__ = ["DENSE", "EXECUTIONS", "PLAN_VERSION", "Candidate", "Cost", "Plan"]
 
 PLAN_VERSION = 1
 DENSE = "dense"
+EXECUTIONS = ("factored", "stored", "rebuilt")
 _FORMAT = "tdc-plan"
 _HEAD = ("metric", "statistics", "target", "budget", "allocation", "seed")
-_ROW = frozenset("name decomposition variant ranks folded error sensitivity cost dense_cost site".split())
+_ROW = frozenset("name decomposition variant ranks execution folded error sensitivity cost dense_cost site".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,11 @@ class Candidate:
     sensitivity: float = field(default=1.0, compare=False)
     cost: Cost = field(default=Cost(0, 0, 0), compare=False)
     dense_cost: Cost = field(default=Cost(0, 0, 0), compare=False)
+    execution: str = "factored"
+    """How it runs: ``factored``, the factors one after the other; ``stored``, they build the dense weight once, when
+    the model is loaded, which saves storage and nothing else; ``rebuilt``, they build it at every call, so that it does
+    not stay in memory.
+    """
     folded: bool = field(default=False, compare=False)
     """The output comes in the order of the stack: its gather is folded into the site that reads it."""
 
@@ -161,7 +167,7 @@ class Plan:
 
 
 def _same_decision(a: Candidate, b: Candidate) -> bool:
-    return (a.decomposition, a.variant, a.ranks) == (b.decomposition, b.variant, b.ranks)
+    return (a.decomposition, a.variant, a.ranks, a.execution) == (b.decomposition, b.variant, b.ranks, b.execution)
 
 
 def _remark_out(remark: Remark) -> dict[str, str]:
@@ -178,6 +184,7 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
         "decomposition": candidate.decomposition,
         "variant": candidate.variant,
         "ranks": dict(candidate.ranks),
+        "execution": candidate.execution,
         "folded": candidate.folded,
         "error": candidate.error,
         "sensitivity": candidate.sensitivity,
@@ -198,6 +205,7 @@ def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
             decomposition=str(row["decomposition"]),
             variant=str(row.get("variant", "")),
             ranks=tuple((str(axis), _whole(rank)) for axis, rank in row["ranks"].items()),
+            execution=_one_of(row.get("execution", EXECUTIONS[0]), EXECUTIONS),
             error=_finite(row.get("error", 0.0)),
             sensitivity=_finite(row.get("sensitivity", 1.0)),
             cost=_cost_in(row.get("cost")),
@@ -219,6 +227,12 @@ def _whole(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{value!r} is not a whole number")
     return value
+
+
+def _one_of(value: object, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return str(value)
 
 
 def _finite(value: object) -> float:

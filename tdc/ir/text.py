@@ -39,6 +39,7 @@ def plan_table(plan: Plan) -> str:
         ranks = " ".join(f"{axis}={rank}" for axis, rank in choice.ranks)
         keep = choice.cost.params / choice.dense_cost.params if choice.dense_cost.params else 1.0
         name = f"{choice.decomposition}/{choice.variant}" if choice.variant else choice.decomposition
+        name += f" ({choice.execution})" if choice.execution != "factored" else ""
         rows.append(
             (
                 choice.site.name,

@@ -23,6 +23,11 @@ def verify_block(block: Block) -> None:
             raise VerificationError(f"unknown primitive {op.kind!r} in '{op}'")
         if undefined := [name for name in op.inputs if name not in factors | values]:
             raise VerificationError(f"'{op}' uses {undefined} before it is defined")
+        if op.kind == "weight":
+            if op.rebuild is None or set(op.inputs) != factors or block.execution == "factored":
+                raise VerificationError(f"'{op}' builds the weight of a block that is {block.execution}")
+            factors |= {op.output}
+            continue
         if not any(name in values for name in op.inputs):
             raise VerificationError(f"'{op}' has only constant inputs: a constant folder would undo it")
         if op.output in factors | values:
@@ -38,7 +43,7 @@ def verify_block(block: Block) -> None:
     used = {name for op in block.ops for name in op.inputs}
     if len(set(slides)) != len(slides):
         raise VerificationError(f"two steps slide over one window axis: {slides}")
-    if unused := sorted(factors - used):
+    if unused := sorted({name for name, _ in block.factors} - used):
         raise VerificationError(f"factors {unused} are never used")
 
 

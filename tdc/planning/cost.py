@@ -27,11 +27,16 @@ def block_cost(
     site: Site, layout: Layout, block: Block, rows: float, ratios: Mapping[str, float] | None = None
 ) -> Cost:
     """Cost of ``block``: what its factors store (index factors are bytes, not parameters), multiply-adds of its
-    steps, and the most bytes of activations that live at a time while it runs.
+    steps, and the most bytes of activations that live at a time while it runs (with the dense weight, where every call
+    builds it).
     """
     known = ratios or {}
     real = sum(math.prod(shape) for name, shape in block.factors if name in layout.rebuild.factors)
     index = sum(math.prod(shape) for name, shape in block.factors if name in layout.rebuild.indices)
     size = ITEMSIZE[site.dtype]
     live = block.peak_at(known) * rows * size
-    return Cost(real, real * size + index * INDEX_BYTES, block.macs_at(known) * rows, round(live))
+    macs = block.macs_at(known) * rows
+    if block.execution == "rebuilt":
+        macs += block.rebuild_macs
+        live += site.params * size
+    return Cost(real, real * size + index * INDEX_BYTES, macs, round(live))

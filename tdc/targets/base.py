@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
 
-from ..ir import Block, Decline, Equation, Layout, Op, OpKind, Path, Pivot, Step, Term
+from ..ir import Block, Decline, Equation, Layout, Op, OpKind, Path, Pivot, Step, Term, Window
 from ..ir.verify import verify_block
 
-__all__ = ["Target", "straight_line"]
+__all__ = ["Target", "dense_weight", "straight_line"]
 
 
 class Target:
@@ -26,6 +26,12 @@ class Target:
         does, else 1.
         """
         return next((step for step in (self.rank_multiple, self.rank_multiple // 2) if full >= 8 * step > 0), 1)
+
+    def lower_weight(
+        self, kind: OpKind, layout: Layout, windows: tuple[Window, ...], execution: str
+    ) -> Block | Decline:
+        """The block that builds the dense weight from the factors of ``layout`` and applies it."""
+        return dense_weight(kind, layout, windows, execution)
 
     def lower(self, kind: OpKind, layout: Layout, paths: tuple[Path, ...]) -> Block | Decline:
         """The block that runs ``layout`` in place of an operator of that kind on this machine."""
@@ -52,6 +58,20 @@ def straight_line(kind: OpKind, layout: Layout, paths: tuple[Path, ...]) -> Bloc
     used = {name for op in builder.ops for name in op.inputs}
     factors = tuple((name, shape) for name, shape in layout.shapes.items() if name in used)
     block = Block(factors, tuple(builder.ops), output, layout.sizes, kind=kind)
+    verify_block(block)
+    return block
+
+
+@lru_cache(maxsize=4096)
+def dense_weight(kind: OpKind, layout: Layout, windows: tuple[Window, ...], execution: str) -> Block | Decline:
+    """Build the weight, apply it. Declined: a layout with factors that are stored without their identity block."""
+    if layout.rebuild.pivots:
+        return Decline("a pivoted factor saves nothing in a weight that is built whole")
+    ops = (
+        Op("weight", "w", layout.rebuild.names, rebuild=layout.rebuild),
+        Op("conv" if kind.is_conv else "matmul", "t0", ("x", "w"), kind.dense, windows=windows),
+    )
+    block = Block(tuple(layout.shapes.items()), ops, "t0", layout.sizes, kind=kind, execution=execution)
     verify_block(block)
     return block
 

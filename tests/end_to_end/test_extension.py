@@ -36,7 +36,8 @@ class TwoLevel(AlternatingDecomposition):
     def rank_lattice(self, axes, multiple, variant):
         modes = self.modes(axes, variant)
         stored = modes["o1"] * modes["i1"] + modes["o2"] * modes["i2"]
-        return [{"r": r} for r in range(1, self.full_ranks(axes, variant)["r"] + 1) if r * stored < axes["o"] * axes["i"]]
+        most = min(self.full_ranks(axes, variant)["r"], (axes["o"] * axes["i"] - 1) // stored)
+        return [{"r": r} for r in range(1, most + 1)]
 
     def start(self, weight, layout, metric):
         a = layout.axes

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import VerificationError
-from ...ir import Block, Op, Window, contraction, conv_groups, conv_shape
-from ..graph import memory_format
+from ...ir import Block, Op, Rebuild, Window, contraction, conv_groups, conv_shape
+from ..graph import built, memory_format
 from .match import Norm, Use
 
 __all__ = ["Emitter"]
@@ -93,6 +93,9 @@ class _Line:
             "add": self.add,
         }
         for op in self.block.ops:
+            if op.rebuild is not None:
+                self.weight(op.output, op.rebuild)
+                continue
             if op.kind not in emit:
                 raise VerificationError(f"the fx frontend cannot write '{op}'")
             self.values[op.output] = emit[op.kind](op)
@@ -118,10 +121,36 @@ class _Line:
 
         return self.emitter.held(f"{self.name}_{part}", cast)
 
+    def operand(self, name: str, form: Callable[[Tensor], Tensor]) -> fx.Node:
+        """A factor in the form that its operator takes, or the weight that was built."""
+        return self.values[name] if name in self.values else self.held(name, lambda: form(self.factors[name]))
+
+    def weight(self, name: str, shape: Rebuild) -> None:
+        """The dense weight: a constant, or by nodes that build it at every call."""
+        sizes = dict(self.block.sizes)
+        if self.block.execution == "stored":
+            self.values[name] = self.held(name, lambda: built(shape, self.factors, sizes))
+            return
+        whole: fx.Node | None = None
+        for piece in shape.pieces:
+            operands = [self.held(part, lambda part=part: self.factors[part]) for part in piece.operands]  # type: ignore[misc]
+            apart = [
+                self.call(aten.reshape.default, node, [sizes[axis] for axis in term.axes])
+                for node, term in zip(operands, piece.equation.inputs, strict=True)
+            ]
+            product = self.call(aten.einsum.default, piece.equation.subscripts(), apart)
+            product = self.call(aten.reshape.default, product, list(shape.output.shape(sizes)))
+            whole = product if whole is None else self.call(aten.add.Tensor, whole, product)
+        if "g" not in sizes:
+            for axis, size in enumerate((sizes["o"], sizes["i"])):
+                whole = self.call(aten.slice.Tensor, whole, axis, 0, size)
+        assert whole is not None
+        self.values[name] = whole
+
     # ---- primitives
 
     def matmul(self, op: Op) -> fx.Node:
-        factor = self.held(op.inputs[1], lambda: self.factors[op.inputs[1]])
+        factor = self.operand(op.inputs[1], lambda stored: stored)
         bias = self.own_bias() if op.output == self.block.output else None
         return self.call(aten.linear.default, self.values[op.inputs[0]], factor, *([] if bias is None else [bias]))
 
@@ -143,9 +172,8 @@ class _Line:
         return self.biased(result) if op.output == self.block.output else result
 
     def convolution(self, op: Op) -> fx.Node:
-        stored = self.factors[op.inputs[1]]
-        kernel = self.held(
-            op.inputs[1], lambda: _in_format(stored.reshape(conv_shape(op, tuple(stored.shape))), stored)
+        kernel = self.operand(
+            op.inputs[1], lambda stored: _in_format(stored.reshape(conv_shape(op, tuple(stored.shape))), stored)
         )
         activation = self.values[op.inputs[0]]
         pads = [_fixed(window) for window in op.windows]

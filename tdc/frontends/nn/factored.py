@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...ir import Block, Op, Window, contraction, conv_groups, conv_shape
-from ..graph import memory_format
+from ...ir import Block, Op, Rebuild, Window, contraction, conv_groups, conv_shape
+from ..graph import built, memory_format
 from .layers import padded, stored_weight
 from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
 
@@ -81,10 +81,32 @@ class Factored(nn.Module):
     def _run(self, activation: Tensor, bias: Tensor | None, ops: tuple[Op, ...]) -> Tensor:
         values = {self.block.input: activation}
         for op in ops:
+            if op.rebuild is not None:
+                values[op.output] = self._built(op.rebuild)
+                continue
             last = bias if op.output == self.block.output else None
             values[op.output] = _EMIT[op.kind](self, op, values, last)
         result = values[self.block.output]
         return result if bias is None or ops[-1].equation is not None else self._add_bias(result, bias)
+
+    def operand(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """A factor, or the weight that the block has built."""
+        return values[name] if name in values else getattr(self, f"weight_{name}")
+
+    def _built(self, shape: Rebuild) -> Tensor:
+        """The dense weight; that of the last call where it may be kept and the factors are still the same."""
+        factors = self.factors
+        keeps = self.block.execution == "stored" and not torch.compiler.is_compiling()
+        if not keeps or (torch.is_grad_enabled() and any(f.requires_grad for f in factors.values())):
+            return built(shape, factors, dict(self.block.sizes))
+        state = [(id(f), f.data_ptr(), -1 if f.is_inference() else f._version) for f in factors.values()]
+        if self.__dict__.get("_kept", (None,))[0] != state:
+            self.__dict__["_kept"] = (state, built(shape, factors, dict(self.block.sizes)))
+        kept: Tensor = self.__dict__["_kept"][1]
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
 
     def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
         return result + bias
@@ -216,8 +238,7 @@ def _skeleton(module: nn.Module) -> nn.Module:
 
 
 def _matmul(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    activation, factor = values[op.inputs[0]], getattr(module, f"weight_{op.inputs[1]}")
-    return functional.linear(activation, factor, bias)
+    return functional.linear(values[op.inputs[0]], module.operand(op.inputs[1], values), bias)
 
 
 def _contract(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -236,7 +257,7 @@ _CONVOLVE: tuple[Callable[..., Tensor], ...] = (functional.conv1d, functional.co
 
 
 def _conv(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    return _convolved(module, op, values[op.inputs[0]], getattr(module, f"weight_{op.inputs[1]}"), bias)
+    return _convolved(module, op, values[op.inputs[0]], module.operand(op.inputs[1], values), bias)
 
 
 def _whole(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:

@@ -45,12 +45,21 @@ class ConvolutionLine(Line):
         op = self.maker(name)
         if op is None:
             return self.channels
-        return self.narrow(op) if op.equation is None else int(self.store.factors[op.inputs[1]].shape[0])
+        if op.equation is None:
+            return self.narrow(op)
+        sizes = dict(self.block.sizes)
+        built = op.inputs[1] in self.built
+        return sizes["g"] * sizes["o"] if built else int(self.store.factors[op.inputs[1]].shape[0])
 
     def product(self, op: Op, parts: list[Part]) -> Part:
         (part,) = parts
-        shape = conv_shape(op, tuple(self.store.factors[op.inputs[1]].shape))
-        inputs = [part.value, self.store.window(op.inputs[1], shape, self.dtype)]
+        if op.inputs[1] in self.built:
+            kernel = self.built[op.inputs[1]]
+            shape = self.block.kind.dense.inputs[1].shape(dict(self.block.sizes))
+        else:
+            shape = conv_shape(op, tuple(self.store.factors[op.inputs[1]].shape))
+            kernel = self.store.window(op.inputs[1], shape, self.dtype)
+        inputs = [part.value, kernel]
         if self.spread is not None and op.output in self.spread:
             inputs.append(self.store.bias(self.spread[op.output], (-1,), self.dtype))
         elif op.output == self.end() and (old := self._old_bias()) is not None:

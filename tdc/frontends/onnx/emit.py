@@ -23,7 +23,7 @@ from .uses import Use
 
 __all__ = ["Emitter", "check_block"]
 
-_PRIMITIVES = ("take", "concat", "add")
+_PRIMITIVES = ("weight", "take", "concat", "add")
 
 
 def check_block(block: Block) -> None:

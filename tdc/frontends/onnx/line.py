@@ -54,11 +54,15 @@ class Line:
         self.dtype = tensor.dtype
         self.new: list[ir.Node] = []
         self._by_name = {op.output: op for op in block.ops}
+        self.built: dict[str, ir.Value] = {}
 
     def write(self) -> tuple[ir.Value, list[ir.Node]]:
         """The nodes, and the value that takes the place of the use's output."""
         parts = {self.block.input: self.entry()}
         for op in self.block.ops:
+            if op.rebuild is not None:
+                self.built[op.output] = self.weight(op)
+                continue
             parts[op.output] = self._primitive(op.kind)(op, [parts[name] for name in op.inputs if name in parts])
         return self.finished(parts[self.block.output]).value, self.new
 
@@ -85,6 +89,36 @@ class Line:
     def width(self, name: str) -> int:
         """Length of a value's working axis."""
         raise NotImplementedError
+
+    def weight(self, op: Op) -> ir.Value:
+        """The dense weight in canonical axes, by nodes with constant inputs: a runtime folds them when it loads the
+        model, or runs them at every call.
+        """
+        assert op.rebuild is not None
+        sizes, whole = dict(self.block.sizes), None
+        for k, piece in enumerate(op.rebuild.pieces):
+            operands = [
+                self.store.window(name, tuple(sizes[axis] for axis in term.axes), self.dtype)
+                for name, term in zip(piece.operands, piece.equation.inputs, strict=True)
+            ]
+            label, text = f"{op.output}{k}", piece.equation.subscripts()
+            flat = [sizes[axis] for axis in op.rebuild.output.axes]
+            part = self._constant_node("Einsum", label, operands, flat, {"equation": text})
+            shape = list(op.rebuild.output.shape(sizes))
+            target = self.store.integers("shape", shape)
+            part = self._constant_node("Reshape", f"{label}_whole", [part, target], shape)
+            whole = part if whole is None else self._constant_node("Add", f"{label}_sum", [whole, part], shape)
+        assert whole is not None
+        wanted = [sizes["o"], sizes["i"]]
+        if "g" not in sizes and list(whole.shape or ()) != wanted:
+            ends = [self.store.integers("slice", numbers) for numbers in ([0, 0], wanted, [0, 1])]
+            whole = self._constant_node("Slice", f"{op.output}_kept", [whole, *ends], wanted)
+        return whole
+
+    def _constant_node(
+        self, kind: str, label: str, inputs: list[ir.Value], shape: list[int], attributes: Attributes | None = None
+    ) -> ir.Value:
+        return self.node(kind, label, inputs, 0, attributes, ir.Shape(shape)).value
 
     def node(
         self,

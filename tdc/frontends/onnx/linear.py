@@ -67,16 +67,26 @@ class LinearLine(Line):
         if op.kind == "contract":
             return self._contract(op, parts[0])
         second = contracts_second(op.equation)
-        factor = self.store.matrix(op.inputs[1], second == self.last, self.dtype)
+        factor = self._matrix(op.inputs[1], second == self.last)
         inputs = [parts[0].value, factor] if self.last else [factor, parts[0].value]
         if self.gemm and op.output == self.end():
             return self._gemm(op, inputs)
         return self.node("MatMul", op.output, inputs, self.width(op.output))
 
+    def _matrix(self, name: str, transposed: bool) -> ir.Value:
+        if name not in self.built:
+            return self.store.matrix(name, transposed, self.dtype)
+        if not transposed:
+            return self.built[name]
+        shape = list(self.built[name].shape or ())[::-1]
+        return self.node("Transpose", f"{name}_t", [self.built[name]], 0, {"perm": [1, 0]}, ir.Shape(shape)).value
+
     def width(self, name: str) -> int:
         op = self.maker(name)
         if op is None:
             return dict(self.block.sizes)["i"]
+        if self.built and op.equation is not None:
+            return dict(self.block.sizes)["o"]
         if op.equation is None:
             return self.narrow(op)
         if op.kind == "contract":

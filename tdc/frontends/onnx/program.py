@@ -155,12 +155,13 @@ class OnnxProgram:
             yield from (tensor for node in graph if (tensor := constant_tensor(node)) is not None)
 
     def declines(self, site: Site, block: Block) -> str | None:
-        if all(op.kind != "contract" for op in block.ops):
+        kinds = {op.kind for op in block.ops}
+        if not kinds & {"contract", "weight"}:
             return None
         version = opset(self.model)
         if version < EINSUM_OPSET:
             return f"opset {version} has no Einsum, which came with {EINSUM_OPSET}"
-        if any(use.activation.shape is None for use in self._match(site.order).uses):
+        if "contract" in kinds and any(use.activation.shape is None for use in self._match(site.order).uses):
             return "the rank of the activation is unknown"
         return None
 
