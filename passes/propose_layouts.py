@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdc import decompositions
-from tdc.ir import DENSE, Block, Candidate, Decline, Layout, Metric, Remark, Site
+from tdc.ir import DENSE, Block, Candidate, Cost, Decline, Layout, Metric, Remark, Site
 from tdc.ir.block import without_gather
 from tdc.planning.budget import QUANTITIES
 from tdc.planning.cost import block_cost, dense_cost
@@ -40,8 +40,10 @@ class ProposeLayouts(Pass):
         known = site_statistics(unit)
         proposed, remarks = {}, []
         for site in track(unit.sites, "proposing layouts", show=unit.options.progress):
-            options = _candidates(unit, site, known.get(site.order), chosen)
+            options, declined = _candidates(unit, site, known.get(site.order), chosen)
             proposed[site.order] = options
+            if unit.options.allow:
+                remarks += [Remark(site.name, self.name, reason) for reason in declined]
             if len(options) == 1:
                 tried = ", ".join(d.name for d in chosen) or "no decomposition"
                 remarks.append(
@@ -133,8 +135,8 @@ def _straight(target: Target, site: Site, layout: Layout) -> Block | Decline:
 
 def _candidates(
     unit: Unit, site: Site, entry: SiteStatistics | None, chosen: list[decompositions.Decomposition]
-) -> tuple[Candidate, ...]:
-    """Candidates in rising order of cost; the dense one comes last."""
+) -> tuple[tuple[Candidate, ...], list[str]]:
+    """Candidates in rising order of cost, the dense one last; and why decompositions have none."""
     work = Work.of(unit, site, entry)
     sensitivity = entry.sensitivity if entry is not None else 1.0
     full = dense_cost(site, work.rows, work.ratios)
@@ -142,12 +144,22 @@ def _candidates(
     weight = unit.program.weight(site).double()
     metric = metric_of(unit, site, entry, weight)
     options: list[Candidate] = []
+    declined: list[str] = []
     for decomposition in chosen:
+        found: list[Candidate | Decline] = []
         for variant in decomposition.variants(site.axes):
             if metric.output_moment is None or not decomposition.needs_input(variant):
-                options += _points(unit, dense, weight, metric, decomposition, variant, work)
+                found += _points(unit, dense, weight, metric, decomposition, variant, work)
+            else:
+                found.append(Decline(f"needs the moment of {math.prod(site.matrix[2:])} inputs, which is not kept"))
+        gains = [point for point in found if isinstance(point, Candidate)]
+        if not gains:
+            reasons = [point.reason for point in found if isinstance(point, Decline)]
+            reason = reasons[0] if reasons else "it has no rank that stores less than dense"
+            declined.append(f"{site.label}: {decomposition.name} is left out: {reason}")
+        options += gains
     options.sort(key=lambda c: (c.cost.params, c.error, c.decomposition, c.variant))
-    return (*_useful(options), dense)
+    return (*_useful(options), dense), declined
 
 
 def _points(
@@ -158,42 +170,57 @@ def _points(
     decomposition: decompositions.Decomposition,
     variant: str,
     work: Work,
-) -> list[Candidate]:
-    """One variant's candidates that are smaller than dense."""
+) -> list[Candidate | Decline]:
+    """One variant's candidates, and why points of its lattice are none; no error is worked out if all are none."""
     site = dense.site
     full_rank = min(decomposition.full_ranks(site.axes, variant).values())
     step = unit.target.rank_step(full_rank) if unit.options.allocation != "uniform" else 1
     lattice = decomposition.rank_lattice(site.axes, step, variant)
-    errors = decomposition.errors(weight, site.axes, metric, lattice, variant)
-    found = []
-    for ranks, error in zip(lattice, errors, strict=True):
-        rounded = float(f"{error:.6g}")
-        point = replace(
-            dense, decomposition=decomposition.name, variant=variant, ranks=tuple(ranks.items()), error=rounded
-        )
-        taken = _executed(unit, point, work)
-        if taken is not None:
-            found.append(taken)
-    return found
+    bare = replace(dense, decomposition=decomposition.name, variant=variant)
+    points = [_executed(unit, replace(bare, ranks=tuple(ranks.items())), work) for ranks in lattice]
+    useful = [k for k, point in enumerate(points) if isinstance(point, Candidate)]
+    errors = decomposition.errors(weight, site.axes, metric, [lattice[k] for k in useful], variant)
+    for k, error in zip(useful, errors, strict=True):
+        point = points[k]
+        assert isinstance(point, Candidate)
+        points[k] = replace(point, error=float(f"{error:.6g}"))
+    return points
 
 
-def _executed(unit: Unit, point: Candidate, work: Work) -> Candidate | None:
+def _executed(unit: Unit, point: Candidate, work: Work) -> Candidate | Decline:
     """The point as it runs: with its factors, where that takes fewer multiply-adds than dense; else, for formats that
-    are for storage, with the weight that they build when the model is loaded. None where it stores no less than dense,
-    or the door cannot write it.
+    are for storage, with the weight that they build when the model is loaded.
+
+    Declined where it does not cost less than dense, or the door cannot write it.
     """
     site, full = point.site, point.dense_cost
+    reason = Decline("")
     for execution in ("factored", "stored") if decompositions.get(point.decomposition).storage else ("factored",):
         candidate = replace(point, execution=execution)
         layout, block = lowered(unit.target, candidate)
-        if isinstance(block, Decline) or unit.program.declines(site, block) is not None:
+        if isinstance(block, Decline):
+            reason = block
+            continue
+        unable = unit.program.declines(site, block)
+        if unable is not None:
+            reason = Decline(unable)
             continue
         cost = block_cost(site, layout, block, work.rows, work.ratios)
-        smaller = {q: getattr(cost, q) < getattr(full, q) or getattr(full, q) == 0 for q in QUANTITIES}
-        if execution != "factored":
-            smaller["macs"] = cost.macs <= full.macs
-        if all(smaller.values()):
+        over = _over(cost, full, execution)
+        if over is None:
             return replace(candidate, cost=cost)
+        ranks = " ".join(f"{axis}={rank}" for axis, rank in point.ranks)
+        reason = Decline(f"at {ranks} it takes {over}")
+    return reason
+
+
+def _over(cost: Cost, full: Cost, execution: str) -> str | None:
+    """In what a candidate is no gain, with the numbers; multiply-adds may equal those of dense where dense runs."""
+    for quantity in QUANTITIES:
+        new, old = getattr(cost, quantity), getattr(full, quantity)
+        equal = old == 0 or (execution != "factored" and quantity == "macs")
+        if not (new < old or (equal and new <= old)):
+            return f"{new / max(old, 1):.3g} of the {quantity} of dense"
     return None
 
 
