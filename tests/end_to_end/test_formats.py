@@ -96,7 +96,7 @@ def planned(name: str, kind: str, variant: str) -> Plan | None:
         try:
             tdc.compress(model_of(kind), input_of(kind), plan=plan, progress=False)
         except tdc.PlanError as error:
-            if execution == "stored" or "by itself" not in str(error) and "slide over" not in str(error):
+            if execution == "stored" or ("by itself" not in str(error) and "slide over" not in str(error)):
                 raise
             continue
         return Plan.from_json(plan.to_json())
@@ -116,7 +116,9 @@ def lost(weight: Tensor, found: Tensor) -> float:
 @pytest.mark.parametrize(("name", "kind", "variant"), cases())
 def test_a_format(name: str, kind: str, variant: str, folder: Path) -> None:
     d, axes, model, x = decompositions.get(name), axes_of(kind), model_of(kind), input_of(kind)
-    weight = model[0].weight.detach().double().reshape(48, 64) if kind == "linear" else model[0].weight.detach().double()
+    weight = (
+        model[0].weight.detach().double().reshape(48, 64) if kind == "linear" else model[0].weight.detach().double()
+    )
     points = lattice_of(name, kind, variant)
     if d.exact_at_full_rank:
         assert lost(weight, fitted(name, kind, variant, d.full_ranks(axes, variant), weight)) < 1e-20
@@ -153,7 +155,9 @@ def table() -> str:
             runs = [plan.choices[0].execution for plan in plans if plan is not None]
             cells.append("factors" if "factored" in runs else "weight" if runs else "")
         start = "exact at full rank" if d.exact_at_full_rank else "finds its own"
-        rows.append(f"| `{name}` | {' | '.join(cells)} | {start} | {'yes' if d.by_default else 'by name'} | {d.summary} |")
+        rows.append(
+            f"| `{name}` | {' | '.join(cells)} | {start} | {'yes' if d.by_default else 'by name'} | {d.summary} |"
+        )
     head = f"| decomposition | {' | '.join(KINDS)} | check | tried | good for |"
     return "\n".join([head, "|" + " --- |" * (len(KINDS) + 4), *rows])
 
