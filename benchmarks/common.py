@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 import tdc
 
-__all__ = ["RESULTS", "resident_growth", "shared_data", "write_rows"]
+__all__ = ["RESULTS", "read_rows", "resident_growth", "shared_data", "write_rows"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -30,9 +30,9 @@ def shared_data(name: str) -> Path:
     return path
 
 
-def write_rows(benchmark: str, rows: list[dict[str, object]]) -> None:
-    """Write ``results/<benchmark>.csv`` anew: the rows, each with the machine, the versions, the commit and the
-    date.
+def write_rows(benchmark: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write ``results/<benchmark>.csv`` anew: the rows, each with the machine, the versions, the commit and the date
+    (those of rows that were read stay).
     """
     stamp = {
         "processor": _processor(),
@@ -42,12 +42,21 @@ def write_rows(benchmark: str, rows: list[dict[str, object]]) -> None:
         "date": datetime.date.today().isoformat(),
         "load": f"{os.getloadavg()[0]:.1f}",
     }
-    columns = list(dict.fromkeys(key for row in rows for key in row)) + list(stamp)
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in stamp)) + list(stamp)
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{benchmark}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows({**row, **stamp} for row in rows)
+        writer.writerows({**stamp, **row} for row in rows)
+
+
+def read_rows(benchmark: str) -> list[dict[str, str]]:
+    """The rows of ``results/<benchmark>.csv``, [] where there is none."""
+    path = RESULTS / f"{benchmark}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]
 
 
 _RESIDENT = """
