@@ -65,9 +65,15 @@ def models(name: str, formats: list[str], budgets: list[str] | tuple[str, ...]) 
     for format_name in formats:
         for budget in budgets:
             start = time.perf_counter()
-            options: dict[str, Any] = {"budget": budget, "statistics": case.statistics, "allow": format_name, "progress": False}
             try:
-                small = tdc.compress(case.model, case.example, **options)
+                small = tdc.compress(
+                    case.model,
+                    case.example,
+                    budget=budget,
+                    statistics=case.statistics,
+                    allow=format_name,
+                    progress=False,
+                )
             except tdc.TdcError as error:
                 add({"model": name, "format": format_name, "budget": budget, "note": str(error)[:200]})
                 continue

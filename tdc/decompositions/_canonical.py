@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._als import AlternatingDecomposition, _damped, _solve, refine
+from ._als import AlternatingDecomposition, refine
 from ._conv import geometric, mode_problem, taps
 from ._linalg import power_of_two
 from ._modes import fit_modes
+from ._quadratic import _damped, _solve
 from ._sensitivity import SLACK, corrected, product, settled, spread
 from .base import Factors
 

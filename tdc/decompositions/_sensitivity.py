@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._als import Problem, _damped, _Factor, _solve
+from ._contract import contract
+from ._quadratic import Problem, _damped, _Factor, _solve
 from .base import Factors
 
 __all__ = ["SLACK", "cancellation", "columns", "corrected", "product", "sensitivity", "settled", "spread", "uncolumned"]
@@ -174,6 +175,38 @@ def _for_noise(problem: Problem, values: Factors) -> Factors:
     return _apart(dict(zip(parts, spread(list(parts.values()), sizes), strict=True)), problem.layout)
 
 
+class _Rows:
+    """A factor as (shared axes of the weight, bonds, own axes of the weight), and what multiplies it."""
+
+    def __init__(self, problem: Problem, name: str, values: Factors) -> None:
+        self.problem, self._factor = problem, _Factor(problem, name)
+        self.axes = self._factor.axes
+        self._others = [(values[other], axes) for other, axes in self._factor.terms.items()]
+
+    def adjoint(self, rows: Tensor) -> Tensor:
+        """Derivative of ``<rows, X>`` by the factor."""
+        return contract([(rows.reshape(self.problem.full), self.problem.order), *self._others], self.axes)
+
+    def gram(self, *, exact: bool) -> Tensor:
+        """Gram matrices (shared, bonds, bonds) of what multiplies the factor: in S, or in its marginals."""
+        if exact:
+            return self._factor.gram(self._others)
+        bonds = self._factor.bonds
+        size = self._factor.size(bonds)
+        return self._factor.marginal_gram(bonds, self._others).reshape(-1, size, size)
+
+    def to_rows(self, value: Tensor) -> Tensor:
+        factor = self._factor
+        order = [self.axes.index(axis) for axis in (*factor.shared, *factor.bonds, *factor.own)]
+        return value.permute(order).reshape(-1, factor.size(factor.bonds), factor.size(factor.own))
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        factor = self._factor
+        kept = (*factor.shared, *factor.bonds, *factor.own)
+        cube = rows.reshape([self.problem.axes[axis] for axis in kept])
+        return cube.permute([kept.index(axis) for axis in self.axes])
+
+
 class _Step:
     """The sensitivity ``|X|_w^2 + rest`` and the error, both quadratic in one factor X for the others as they are.
 
@@ -184,9 +217,8 @@ class _Step:
 
     def __init__(self, problem: Problem, name: str, values: Factors, limit: float) -> None:
         piece = problem.layout.rebuild.pieces[0]
-        terms = dict(zip(piece.operands, (term.axes for term in piece.equation.inputs), strict=True))
         self.problem, self.piece, self.name, self.values, self.limit = problem, piece, name, values, limit
-        self.factor = _Factor(problem, piece, name, terms, values)
+        self.factor = _Rows(problem, name, values)
         self.value = values[name]
         rest = problem.weight - problem.whole(piece, values)
         image = problem.image(rest)
