@@ -18,7 +18,7 @@ from ._als import AlternatingDecomposition
 from ._linalg import energy, power_of_two
 from .base import Factors
 
-__all__ = ["SplitDecomposition", "Whitened", "cube", "ladder", "settled", "singular_squares", "truncated"]
+__all__ = ["SplitDecomposition", "Whitened", "cube", "ladder", "leading", "settled", "singular_squares", "truncated"]
 
 _POINTS = 12
 _DIRECT = 512
@@ -166,19 +166,21 @@ def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         basis = torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
         return basis, basis.mT @ matrix
     outer, inner = torch.linalg.qr(matrix) if rows > columns else (None, matrix)
-    gram = inner @ inner.mT
-    few = min(rows, columns) > _DIRECT and rank + _EXTRA <= min(rows, columns) // 8
-    basis = _leading(gram, rank) if few else torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :rank]
+    basis = leading(inner @ inner.mT, rank)
     return basis if outer is None else outer @ basis, basis.mT @ inner
 
 
-def _leading(gram: Tensor, rank: int) -> Tensor:
+def leading(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the largest eigenvalues, as columns. Of a big matrix and a small rank by block iteration."""
+    size = gram.shape[0]
+    gram = (gram + gram.mT) / 2
+    if size <= _DIRECT or rank + _EXTRA > size // 8:
+        return torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :rank]
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(gram.shape[0], rank + _EXTRA, generator=generator, dtype=gram.dtype)
+    basis = torch.randn(size, rank + _EXTRA, generator=generator, dtype=gram.dtype)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(gram @ basis).Q
-    product = basis.mT @ gram @ basis
-    return basis @ torch.linalg.eigh((product + product.mT) / 2).eigenvectors.flip(-1)[:, :rank]
+    return basis @ torch.linalg.eigh(basis.mT @ gram @ basis).eigenvectors.flip(-1)[:, :rank]
 
 
 def singular_squares(matrix: Tensor) -> Tensor:
