@@ -195,6 +195,11 @@ class _Rows:
         size = self._factor.size(bonds)
         return self._factor.marginal_gram(bonds, self._others).reshape(-1, size, size)
 
+    def normal(self, value: Tensor) -> Tensor:
+        """The Hessian of the error (halved) times ``value``; in float32."""
+        single = [(other.float(), axes) for other, axes in self._others]
+        return self._factor.normal(value.float(), single).double()
+
     def to_rows(self, value: Tensor) -> Tensor:
         factor = self._factor
         order = [self.axes.index(axis) for axis in (*factor.shared, *factor.bonds, *factor.own)]
@@ -302,14 +307,8 @@ class _Step:
             length = float(ahead.norm())
             ahead = ahead / length if length > 0 else ahead
             spans.append(ahead)
-            images.append(self._hessian(ahead))
+            images.append(self.factor.normal(ahead))
         return spans, images
-
-    def _hessian(self, direction: Tensor) -> Tensor:
-        problem = self.problem
-        single = {name: v.float() for name, v in self.values.items()} | {self.name: direction.float()}
-        rows = problem.image(problem.whole(self.piece, single))
-        return self.factor.adjoint(rows.double())
 
 
 def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
