@@ -14,16 +14,15 @@ from torch import Tensor
 
 from ..ir import Layout, Metric
 from ._als import AlternatingDecomposition, refine
-from ._conv import geometric, mode_problem, taps
+from ._quadratic import _solve
+from ._conv import geometric, taps, weight_axes
+from ._cores import WhiteCore
 from ._linalg import power_of_two
-from ._modes import fit_modes
-from ._quadratic import _damped, _solve
 from ._sensitivity import SLACK, corrected, product, settled, spread
 from .base import Factors
 
-__all__ = ["CanonicalDecomposition", "WhiteCore", "canonical"]
+__all__ = ["CanonicalDecomposition", "canonical", "small_core"]
 
-_STEERING = 1e-3
 _LEAST_GAIN = 1e-5
 _EXACT = 1e-15
 _LEAST_DAMPING = 1e-14
@@ -34,9 +33,6 @@ terms a hundred times smaller at the same error."""
 _SMALL = 64
 """Tucker-2 cores for the start keep all channels up to this number."""
 _LETTERS = "abcdefhijklm"
-
-
-# ---- the tensor by itself
 
 
 def canonical(tensor: Tensor, rank: int) -> list[Tensor]:
@@ -109,65 +105,11 @@ def _sweep(tensor: Tensor, factors: Sequence[Tensor], total: float, damping: flo
     return found, max(total - captured, 0.0)
 
 
-# ---- the start through a Tucker-2 core
-
-
-class WhiteCore:
-    """The weighted Tucker-2 approximation ``u[o s] core[s r *] v[r i]`` of a convolution, its core as the metric sees
-    it: the modes r and * whitened by the marginals of the second moment, which is nearly their Kronecker product.
-    ``apart``: every window axis is a mode by itself.
-    """
-
-    def __init__(self, weight: Tensor, axes: Mapping[str, int], metric: Metric, rank: int, *, apart: bool) -> None:
-        problem = mode_problem(weight, axes, metric, inner=1)
-        s, r = (_core_size(axes[axis], rank) for axis in ("o", "i"))
-        found = fit_modes(problem.weight, metric.second_moment, r, s, curves=problem.curves, sweeps=0)
-        assert found.outer is not None
-        self.outer, self.inner = found.outer, found.inner
-        windows = list(axes.values())[3:] if apart else [taps(axes)]
-        self.core = found.core.reshape(*found.core.shape[:3], *windows)
-        channel, *rest = _marginals(metric.second_moment, axes["g"], [axes["i"], *windows])
-        self._roots = [_root(self.inner @ channel @ self.inner.mT), *map(_root, rest)]
-
-    @property
-    def white(self) -> Tensor:
-        """The core (g, s, r, *) with white modes r and *."""
-        tensor = self.core
-        for k, root in enumerate(self._roots):
-            moved = tensor.movedim(k + 2, -1)
-            tensor = (moved.flatten(1, -2) @ root).reshape(moved.shape).movedim(-1, k + 2)
-        return tensor
-
-    def unwhitened(self, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Factors (g, n, k) of the white core as those of its own modes."""
-        pairs = zip(factors[1:], self._roots, strict=True)
-        return [factors[0], *(torch.linalg.solve_triangular(root.mT, f, upper=True) for f, root in pairs)]
-
-    def absorbed(self, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Factors (g, n, k) of the white core as those of the weight's modes o, i and *."""
-        outer, inner, *rest = self.unwhitened(factors)
-        return [self.outer @ outer, self.inner.mT @ inner, *rest]
-
-
-def _core_size(size: int, rank: int) -> int:
-    return min(size, rank, max(_SMALL, ceil(size / 2)))
-
-
-def _marginals(second: Tensor | None, groups: int, sizes: Sequence[int]) -> list[Tensor]:
-    """S averaged over all input axes but one, for each axis: (g, k, k)."""
-    if second is None:
-        return [torch.eye(n, dtype=torch.float64).repeat(groups, 1, 1) for n in sizes]
-    cube = second.reshape(-1, *sizes, *sizes).expand(groups, *[-1] * (2 * len(sizes)))
-    cube = cube / power_of_two(second.diagonal(dim1=-2, dim2=-1))
-    names = "abcdefgh"[: len(sizes)]
-    return [torch.einsum(f"z{names}{names.replace(name, 'x')}->z{name}x", cube) for name in names]
-
-
-def _root(moment: Tensor) -> Tensor:
-    return torch.linalg.cholesky(_damped(moment, _STEERING))
-
-
-# ---- what the formats share
+def small_core(weight: Tensor, layout: Layout, metric: Metric, *, apart: bool = False) -> WhiteCore:
+    """A core for the start at the layout's rank r: with no more channels than that, of many at most the half."""
+    axes, rank = weight_axes(layout), layout.axes["r"]
+    sizes = {name: min(axes[axis], rank, max(_SMALL, ceil(axes[axis] / 2))) for name, axis in (("s", "o"), ("r", "i"))}
+    return WhiteCore(weight, axes, metric, sizes, apart=apart)
 
 
 class CanonicalDecomposition(AlternatingDecomposition):

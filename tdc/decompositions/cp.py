@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._canonical import CanonicalDecomposition, WhiteCore, canonical
-from ._conv import weight_axes
+from ._canonical import CanonicalDecomposition, canonical, small_core
 from ._sensitivity import uncolumned
 from .base import Factors
 
@@ -27,6 +26,6 @@ class CP(CanonicalDecomposition):
     equations = {"": "(g o) i * = a[(g o) r] c[(g r) *] b[(g r) i]"}
 
     def start(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
-        core = WhiteCore(weight, weight_axes(layout), metric, layout.axes["r"], apart=False)
+        core = small_core(weight, layout, metric)
         a, b, c = core.absorbed(canonical(core.white, layout.axes["r"]))
         return uncolumned({"a": a, "b": b, "c": c}, layout)
