@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ..ir import Metric
+from ..ir import Layout, Metric
+from ._als import AlternatingDecomposition, refine
 from ._quadratic import _damped
 from ._conv import geometric, mode_problem, taps
 from ._linalg import power_of_two
 from ._modes import fit_modes
+from .base import Factors
 
-__all__ = ["WhiteCore", "balanced"]
+__all__ = ["CoreDecomposition", "WhiteCore", "balanced"]
 
 _STEERING = 1e-3
+_MOST_BONDS = 1500
+"""Factors with more bonds are left as the start has them: their normal equations are squares of that size."""
 
 
 def balanced(full: Mapping[str, float], multiple: int) -> list[dict[str, int]]:
@@ -30,9 +35,12 @@ def balanced(full: Mapping[str, float], multiple: int) -> list[dict[str, int]]:
 
 
 class WhiteCore:
-    """The weighted Tucker-2 approximation ``u[o s] core[s r *] v[r i]`` of a convolution, its core as the metric sees
-    it: the modes r and * whitened by the marginals of the second moment, which is nearly their Kronecker product.
-    The outer factor carries the scale of the weight. ``apart``: every window axis is a mode by itself. ``sweeps``: those of :func:`._modes.fit_modes`.
+    """The weighted Tucker-2 approximation ``u[o s] core[s r *] v[r i]`` of a convolution.
+
+    ``white`` is its core as the metric sees it: the modes r and * whitened by the marginals of the second moment, which
+    is nearly their Kronecker product. ``second`` is the very metric of the core, without S None. The outer factor
+    carries the scale of the weight. ``apart``: every window axis is a mode by itself. ``sweeps``: those of
+    :func:`._modes.fit_modes`.
     """
 
     def __init__(
@@ -52,8 +60,10 @@ class WhiteCore:
         scale = power_of_two(weight)
         self.outer, self.inner = found.outer * scale, found.inner
         windows = list(axes.values())[3:] if apart else [taps(axes)]
+        self.error = found.error
         self.core = found.core.reshape(*found.core.shape[:3], *windows) / scale
         channel, *rest = _marginals(second, axes["g"], [axes["i"], *windows])
+        self.second = None if second is None else _projected(second, self.inner, axes["g"])
         self._roots = [_root(self.inner @ channel @ self.inner.mT), *map(_root, rest)]
 
     @property
@@ -90,5 +100,34 @@ def _marginals(second: Tensor | None, groups: int, sizes: Sequence[int]) -> list
     return [torch.einsum(f"z{names}{names.replace(name, 'x')}->z{name}x", cube) for name in names]
 
 
+def _projected(second: Tensor, inner: Tensor, groups: int) -> Tensor:
+    """``(V x I) S (V x I)^T`` (g, r d, r d) for V (g, r, i): the metric of a core behind V."""
+    width, channels = second.shape[-1], inner.shape[2]
+    half = inner @ second.reshape(-1, width, width).reshape(-1, channels, width // channels * width)
+    half = half.reshape(groups, -1, width).mT.reshape(groups, channels, -1)
+    result = (inner @ half).reshape(groups, -1, half.shape[2] // (width // channels))
+    return (result + result.mT) / 2
+
+
 def _root(moment: Tensor) -> Tensor:
     return torch.linalg.cholesky(_damped(moment, _STEERING))
+
+
+class CoreDecomposition(AlternatingDecomposition):
+    """Formats with factors between other factors: the small ones are fitted in the metric, large ones as they start."""
+
+    probes = 4
+
+    def _fit(self, weight: Tensor, layout: Layout, metric: Metric, sweeps: int) -> tuple[Factors, float]:
+        start, names = self.start(weight, layout, metric), _light(layout)
+        factors, error = refine(start, layout, weight, metric, sweeps=sweeps, names=names)
+        return self.finish(factors, layout), error
+
+
+def _light(layout: Layout) -> list[str]:
+    sizes, kept = layout.axes, layout.rebuild.output.axes
+    bonds = {
+        name: prod(sizes[axis] for axis in term.axes if axis not in kept)
+        for name, term in layout.rebuild.factors.items()
+    }
+    return [name for name, number in bonds.items() if number <= _MOST_BONDS]

@@ -9,34 +9,33 @@ import torch
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._als import AlternatingDecomposition
 from ._conv import taps, weight_axes
-from ._cores import WhiteCore, balanced
+from ._cores import CoreDecomposition, WhiteCore, balanced
 from ._linalg import power_of_two
+from ._modes import fit_modes
 from .base import Factors
 
 __all__ = ["TTConv"]
 
 
-class TTConv(AlternatingDecomposition):
+class TTConv(CoreDecomposition):
     """``W[o, i, p, q] = sum_srl u[o, s] w[s, l, q] h[l, r, p] v[r, i]``: 1 x 1, k x 1, 1 x k, 1 x 1.
 
     ``i r + r p l + l q s + s o`` numbers in each group: the tensor train of the modes i, p, q, o (Oseledets 2011). The
-    start splits the core of a weighted Tucker-2 approximation by an SVD, its modes whitened; then all factors are
-    fitted in the metric.
+    start is a weighted Tucker-2 approximation, whose core (s q, r p) is then split in its own metric (:mod:`._modes`).
+    After that all factors are fitted in the metric but very large ones (:class:`._cores.CoreDecomposition`).
 
-    ``matricised``: ``W = sum_tr a[p, q, t] b[t, o1, i1, r] c[r, o2, i2]`` of channels split in two, o = o1 o2 and
-    i = i1 i2 (Garipov, Podoprikhin, Novikov, Vetrov 2016), without groups; it saves storage only. The start is the
-    TT-SVD.
+    ``matricised``: ``W = sum_r a[p, q, o1, i1, r] c[r, o2, i2]`` of channels split in two, o = o1 o2 and i = i1 i2,
+    without groups: the train of Garipov, Podoprikhin, Novikov, Vetrov (2016) for two pairs, its first rank, at most the
+    taps of the window, not reduced. It saves storage only. The start is the SVD.
     """
 
     name = "tt_conv"
     summary = "1x1, k x 1, 1 x k, 1x1; thin windows at low keep (matricised: saves storage only)"
     equations = {
         "": "(g o) i p q = u[(g o) s] w[(g s) l q] h[(g l) r p] v[(g r) i]",
-        "matricised": "(g o1 o2) (i1 i2) p q = a[g p q t] b[t o1 i1 r] c[r o2 i2]",
+        "matricised": "(g o1 o2) (i1 i2) p q = a[g p q o1 i1 r] c[r o2 i2]",
     }
-    probes = 4
 
     def variants(self, axes: Mapping[str, int]) -> tuple[str, ...]:
         """For images: with two window axes of more than one tap; split, with divisors of both channels."""
@@ -55,7 +54,7 @@ class TTConv(AlternatingDecomposition):
         o, i, k = axes["o"], axes["i"], taps(axes)
         if variant == "matricised":
             sizes = self.modes(axes, variant)
-            return {"t": min(k, o * i), "r": min(k * sizes["o1"] * sizes["i1"], sizes["o2"] * sizes["i2"])}
+            return {"r": min(k * sizes["o1"] * sizes["i1"], sizes["o2"] * sizes["i2"])}
         q = axes.get("q", 1)
         return {"s": min(o, i * k), "l": min(i * axes["p"], o * q), "r": min(i, o * k)}
 
@@ -73,14 +72,12 @@ class TTConv(AlternatingDecomposition):
 
     def start(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
         if "s" not in layout.axes:
-            return _train(weight, layout)
+            return _pair(weight, layout)
         axes, ranks, shapes = weight_axes(layout), layout.axes, layout.shapes
-        core = WhiteCore(weight, axes, metric, ranks, apart=True)
-        white = core.white.permute(0, 1, 4, 2, 3)
-        left, right = _cut(white.flatten(1, 2).flatten(2), ranks["l"])
-        h = core.plain(core.plain(right.reshape(-1, ranks["l"], *white.shape[3:]), 2, 0), 3, 1)
-        w = core.plain(left.reshape(*white.shape[:3], ranks["l"]), 2, 2).permute(0, 1, 3, 2)
-        parts = {"u": core.outer, "w": w, "h": h, "v": core.inner}
+        core = WhiteCore(weight, axes, metric, ranks, apart=True, sweeps=2)
+        modes = core.core.flatten(2, 3)
+        found = fit_modes(modes, core.second, ranks["l"], None, sweeps=2)
+        parts = {"u": core.outer, "w": found.core, "h": found.inner, "v": core.inner}
         return {name: part.reshape(shapes[name]).contiguous() for name, part in parts.items()}
 
 
@@ -89,22 +86,12 @@ def _split(size: int) -> int:
     return next(n for n in range(isqrt(size), 0, -1) if size % n == 0)
 
 
-def _cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of that rank of matrices (g, a, b), as (g, a, rank) and (g, rank, b)."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = values[:, :rank].sqrt()
-    missing = max(0, rank - root.shape[1])
-    left, right = left[:, :, :rank] * root[:, None], root[..., None] * right[:, :rank]
-    return torch.nn.functional.pad(left, (0, missing)), torch.nn.functional.pad(right, (0, 0, 0, missing))
-
-
-def _train(weight: Tensor, layout: Layout) -> Factors:
-    """The TT-SVD of the modes (p q), (o1 i1), (o2 i2)."""
+def _pair(weight: Tensor, layout: Layout) -> Factors:
+    """The SVD of the weight as a matrix (p q o1 i1, o2 i2)."""
     sizes, shapes = layout.axes, layout.shapes
-    o1, o2, i1, i2, t = (sizes[axis] for axis in ("o1", "o2", "i1", "i2", "t"))
-    scale = power_of_two(weight)
-    cube = (weight / scale).reshape(o1, o2, i1, i2, -1).permute(4, 0, 2, 1, 3)
-    window, rest = _cut(cube.flatten(1)[None], t)
-    middle, last = _cut(rest.reshape(1, t * o1 * i1, o2 * i2), sizes["r"])
-    parts = {"a": window * scale, "b": middle, "c": last}
+    scale, rank = power_of_two(weight), sizes["r"]
+    cube = (weight / scale).reshape(*(sizes[axis] for axis in ("o1", "o2", "i1", "i2")), -1).permute(4, 0, 2, 1, 3)
+    left, values, right = torch.linalg.svd(cube.flatten(3).flatten(0, 2), full_matrices=False)
+    root = values[:rank].sqrt()
+    parts = {"a": left[:, :rank] * root * scale, "c": root[:, None] * right[:rank]}
     return {name: part.reshape(shapes[name]).contiguous() for name, part in parts.items()}

@@ -15,7 +15,7 @@ from tdc.testing import EXAMPLE_AXES, random_metric_of, random_weight_of, relati
 D = decompositions.get("tt_conv")
 WEIGHT = Metric("weight")
 CASES = [("conv2d", ""), ("conv2d-groups", ""), ("conv2d", "matricised")]
-RANKS = {"": {"s": 3, "l": 4, "r": 2}, "matricised": {"t": 3, "r": 4}}
+RANKS = {"": {"s": 3, "l": 4, "r": 2}, "matricised": {"r": 4}}
 
 
 def metric_of(name: str, axes: dict[str, int]) -> Metric:
@@ -61,3 +61,12 @@ def test_channels_are_split_near_their_square_roots_and_only_without_groups() ->
 def test_it_wants_two_window_axes_of_more_than_one_tap() -> None:
     for kind in ("conv1d", "conv2d-row", "conv2d-pointwise", "conv3d", "linear-tall"):
         assert D.variants(EXAMPLE_AXES[kind]) == ()
+
+
+def test_split_channels_are_fitted_by_an_svd_in_the_weight_metric() -> None:
+    axes = dict(EXAMPLE_AXES["conv2d"])
+    weight, layout = random_weight_of(axes), D.layout(axes, {"r": 4}, "matricised")
+    unfolded = weight.reshape(2, 4, 3, 2, 9).permute(4, 0, 2, 1, 3).reshape(54, 8)
+    energy = torch.linalg.svdvals(unfolded).square()
+    found = rebuild(D.fit(weight, layout, WEIGHT), layout)
+    assert relative_error(weight, found, WEIGHT) == pytest.approx(float(energy[4:].sum() / energy.sum()), rel=1e-9)
