@@ -45,14 +45,17 @@ class Residual(SplitDecomposition):
     def start(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
         scale = power_of_two(weight)
         weight = weight / scale
-        low, best, least = torch.zeros_like(weight), Factors(), float("inf")
+        pair = _low_rank(weight, layout.axes["r"], metric)
+        best, least = Factors(), float("inf")
         for _ in range(2 if weight.numel() <= _BIG else 1):
-            base = _kronecker(weight - low, layout, metric)
-            u, v = _low_rank(weight - _product(base, layout), layout.axes["r"], metric)
-            low = u @ v
-            lost = energy((weight - _product(base, layout) - low)[None], metric)
-            if lost < least:
-                best, least = {**base, **_bordered(u, v, layout)}, lost
+            base = _kronecker(weight - pair[0] @ pair[1], layout, metric)
+            rest = weight - _product(base, layout)
+            pairs = [pair, _low_rank(rest, layout.axes["r"], metric)]
+            for u, v in pairs:
+                lost = energy((rest - u @ v)[None], metric)
+                if lost < least:
+                    best, least = {**base, **_bordered(u, v, layout)}, lost
+            pair = pairs[-1]
         return {name: part * scale if name in ("a", "u") else part for name, part in best.items()}
 
 
