@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..ir import Layout, Metric
 from ._als import AlternatingDecomposition, refine
-from ._quadratic import _solve
 from ._conv import geometric, taps, weight_axes
 from ._cores import WhiteCore
 from ._linalg import power_of_two
+from ._quadratic import _solve
 from ._sensitivity import SLACK, corrected, product, settled, spread
 from .base import Factors
 

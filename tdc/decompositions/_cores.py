@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..ir import Layout, Metric
 from ._als import AlternatingDecomposition, refine
-from ._quadratic import _damped
 from ._conv import geometric, mode_problem, taps
 from ._linalg import power_of_two
 from ._modes import fit_modes
+from ._quadratic import _damped
 from .base import Factors
 
 __all__ = ["CoreDecomposition", "WhiteCore", "balanced"]
