@@ -41,6 +41,7 @@ EXAMPLE_AXES: Mapping[str, Mapping[str, int]] = {
     "linear-wide": {"o": 7, "i": 13},
     "linear-thin": {"o": 11, "i": 2},
     "linear-square": {"o": 5, "i": 5},
+    "linear-composite": {"o": 48, "i": 64},
     "conv1d": {"g": 1, "o": 6, "i": 5, "p": 3},
     "conv1d-pointwise": {"g": 2, "o": 5, "i": 4, "p": 1},
     "conv2d": {"g": 1, "o": 8, "i": 6, "p": 3, "q": 3},

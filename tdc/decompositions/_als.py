@@ -79,6 +79,7 @@ class AlternatingDecomposition(Decomposition):
     by interpolation (the logarithm of the error over that of the stored numbers).
     """
 
+    estimates = True
     probes = 5
     """Points of the lattice at which a fit is made to predict errors."""
 

@@ -40,6 +40,8 @@ class Decomposition(ABC):
     dense weight when the model is loaded."""
     exact_at_full_rank: ClassVar[bool] = True
     """Whether some ranks reproduce every weight; else ``full_ranks`` are the most that make sense."""
+    estimates: ClassVar[bool] = False
+    """Whether :meth:`errors` gives estimates, by fits at some points of the lattice, in place of errors or bounds."""
     projects_outputs: ClassVar[bool] = False
     """Whether a fit needs no more of the input than the moment of the output (``Metric.output_moment``)."""
 
@@ -89,7 +91,7 @@ class Decomposition(ABC):
         variant: str,
     ) -> list[float]:
         """Relative squared error in the metric at each point of the lattice, in [0, 1]: of the best fit where it has a
-        closed form, else an upper bound that the fit starts from.
+        closed form, else an upper bound that the fit starts from, or an estimate (see :attr:`estimates`).
         """
 
     @abstractmethod

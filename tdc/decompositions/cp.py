@@ -23,6 +23,7 @@ class CP(CanonicalDecomposition):
 
     name = "cp"
     summary = "1x1, depthwise, 1x1; fewest multiply-adds of the chains, best for large windows and low keep"
+    by_default = False
     equations = {"": "(g o) i * = a[(g o) r] c[(g r) *] b[(g r) i]"}
 
     def start(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:

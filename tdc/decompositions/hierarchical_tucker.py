@@ -28,6 +28,8 @@ class HierarchicalTucker(SplitDecomposition):
 
     name = "hierarchical_tucker"
     summary = "a tree of small factors over split axes: saves storage at small ranks, no time"
+    by_default = False
+    storage = True
     equations = {
         "": "(o1 o2 o3 o4) (i1 i2 i3 i4) = u[o1 i1 a] v[o2 i2 h] w[o3 i3 c] y[o4 i4 d] s[a h e] t[c d e]",
     }

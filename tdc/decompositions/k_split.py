@@ -25,6 +25,7 @@ class KSplit(SplitDecomposition):
 
     name = "k_split"
     summary = "inputs in slices of low rank: helps where parts of the input are used in different ways"
+    by_default = False
     equations = dict.fromkeys(("2", "4", "8"), "o (k c) = a[o k r] b[k r c]")
     optimal_start = True
 

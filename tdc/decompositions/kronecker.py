@@ -26,6 +26,8 @@ class Kronecker(SplitDecomposition):
 
     name = "kronecker"
     summary = "a sum of Kronecker products: very few parameters, and little work where the sum is short"
+    by_default = False
+    storage = True
     equations = dict.fromkeys(("balanced", *_FIRST), "(o1 o2) (i1 i2) = a[k o1 i1] b[k o2 i2]")
     optimal_start = True
 

@@ -29,6 +29,7 @@ class Monarch(SplitDecomposition):
 
     name = "monarch"
     summary = "two batched block-diagonal products: fast at a quarter of the parameters and below"
+    by_default = False
     equations = dict.fromkeys(("balanced", *_BLOCKS), "(o1 o2) (i1 i2) = a[o1 o2 i1 r] b[r o2 i1 i2]")
     optimal_start = True
 

@@ -29,6 +29,8 @@ class Residual(SplitDecomposition):
 
     name = "residual"
     summary = "Kronecker products beside a low-rank term: saves storage where neither is enough"
+    by_default = False
+    storage = True
     equations = {"": "(o1 o2) (i1 i2) = a[k o1 i1] b[k o2 i2] + u[o1 o2 r] v[r i1 i2]"}
 
     def modes(self, axes: Mapping[str, int], variant: str) -> dict[str, int]:

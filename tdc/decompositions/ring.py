@@ -26,6 +26,8 @@ class Ring(SplitDecomposition):
 
     name = "ring"
     summary = "a tensor ring over split axes: saves storage at small ranks, hardly any time"
+    by_default = False
+    storage = True
     equations = {"": "(o1 o2 o3) (i1 i2 i3) = a[t o1 i1 r] b[r o2 i2 s] c[s o3 i3 t]"}
     exact_at_full_rank = False
 

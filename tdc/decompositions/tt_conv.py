@@ -32,6 +32,8 @@ class TTConv(CoreDecomposition):
 
     name = "tt_conv"
     summary = "1x1, k x 1, 1 x k, 1x1; thin windows at low keep (matricised: saves storage only)"
+    by_default = False
+    storage = True
     equations = {
         "": "(g o) i p q = u[(g o) s] w[(g s) l q] h[(g l) r p] v[(g r) i]",
         "matricised": "(g o1 o2) (i1 i2) p q = a[g p q o1 i1 r] c[r o2 i2]",

@@ -27,6 +27,8 @@ class TTMatrix(SplitDecomposition):
 
     name = "tt_matrix"
     summary = "a tensor train over split axes: saves storage at small ranks, hardly any time"
+    by_default = False
+    storage = True
     equations = {
         "3": "(o1 o2 o3) (i1 i2 i3) = a[o1 i1 r] b[r o2 i2 s] c[s o3 i3]",
         "4": "(o1 o2 o3 o4) (i1 i2 i3 i4) = a[o1 i1 r] b[r o2 i2 s] c[s o3 i3 t] d[t o4 i4]",

@@ -39,8 +39,14 @@ SMALL = ("linear-tall", "conv1d", "conv2d-groups", "conv2d-pointwise", "conv2d-n
 FEW = [case for case in CASES if case[2] in SMALL]
 SIDES = st.integers(2, 13)
 
+EXACT = [case for case in CASES if decompositions.get(case[0]).exact_at_full_rank]
+KNOWN = [case for case in CASES if not decompositions.get(case[0]).estimates]
+
 each_case = pytest.mark.parametrize(("name", "variant", "kind"), CASES)
 each_small_case = pytest.mark.parametrize(("name", "variant", "kind"), FEW)
+each_exact_case = pytest.mark.parametrize(("name", "variant", "kind"), EXACT)
+each_known_case = pytest.mark.parametrize(("name", "variant", "kind"), KNOWN)
+each_exact_name = pytest.mark.parametrize("name", sorted({name for name, *_ in EXACT}))
 each_metric = pytest.mark.parametrize("metric", METRICS)
 each_name = pytest.mark.parametrize("name", decompositions.names())
 
@@ -76,7 +82,8 @@ def approximation(
 
 
 def points(d: Decomposition, axes: Axes, variant: str, most: int = 12) -> list[dict[str, int]]:
-    """The lattice, of a long one some points from end to end."""
+    """The lattice, of a long one some points from end to end, and fewer where every one takes iterations."""
+    most = min(most, 3) if d.estimates else most
     lattice = [dict(ranks) for ranks in d.rank_lattice(axes, 1, variant)]
     if len(lattice) <= most:
         return lattice
@@ -91,11 +98,18 @@ def test_a_decomposition_states_name_and_summary_and_takes_some_kind(name: str) 
     for axes in EXAMPLE_AXES.values():
         assert set(variants_of(name, axes)) <= set(d.equations)
         for variant in variants_of(name, axes):
-            assert str(d.rebuild(axes, variant).output) == (
-                "o i" if "g" not in axes else f"(g o) {' '.join([*axes][2:])}"
-            )
+            output = d.rebuild(axes, variant).output
+            if d.modes(axes, variant):
+                assert len(output.groups) == len(axes) - ("g" in axes)
+            else:
+                assert str(output) == ("o i" if "g" not in axes else f"(g o) {' '.join([*axes][2:])}")
+            layout = d.layout(axes, d.full_ranks(axes, variant), variant)
+            assert "x" not in layout.rebuild.names, "the activation of blocks has this name"
+            assert "b" not in layout.axes, "so has the axis of the examples"
     assert any(variants_of(name, axes) for axes in EXAMPLE_AXES.values())
-    assert {v for axes in EXAMPLE_AXES.values() for v in variants_of(name, axes)} == set(d.equations)
+    large = {"o": 512, "i": 512}
+    every = {v for axes in (*EXAMPLE_AXES.values(), large) for v in variants_of(name, axes)}
+    assert every == set(d.equations)
 
 
 @each_case
@@ -112,7 +126,7 @@ def test_factors_have_the_shapes_of_the_layout_and_are_float64(name: str, varian
         assert {factors[key].dtype for key in index} <= {torch.int32}
 
 
-@each_case
+@each_exact_case
 @each_metric
 def test_full_rank_is_exact(name: str, variant: str, kind: str, metric: str) -> None:
     d, axes = decompositions.get(name), EXAMPLE_AXES[kind]
@@ -120,7 +134,7 @@ def test_full_rank_is_exact(name: str, variant: str, kind: str, metric: str) -> 
     assert_close(approximation(d, weight, axes, variant, full, metric_of(metric, axes)), weight, 1e-12)
 
 
-@each_case
+@each_exact_case
 def test_full_rank_is_exact_when_stored_in_float32(name: str, variant: str, kind: str) -> None:
     d, axes = decompositions.get(name), EXAMPLE_AXES[kind]
     weight = random_weight_of(axes)
@@ -133,13 +147,15 @@ def test_full_rank_is_exact_when_stored_in_float32(name: str, variant: str, kind
 @each_case
 @each_metric
 def test_a_fit_is_as_good_as_stated(name: str, variant: str, kind: str, metric: str) -> None:
-    """The very error where the outputs alone are projected: there the optimum is known. Else at most that."""
+    """The very error where the outputs alone are projected: there the optimum is known. Else at most that, or of an
+    estimate a quarter more.
+    """
     d, axes = decompositions.get(name), EXAMPLE_AXES[kind]
     weight, norm, lattice = random_weight_of(axes), metric_of(metric, axes), points(d, axes, variant)
     for ranks, stated in zip(lattice, d.errors(weight, axes, norm, lattice, variant), strict=True):
         found = approximation(d, weight, axes, variant, ranks, norm)
         measured = relative_error(weight, found, norm, axes.get("g", 1))
-        assert measured <= stated * (1 + 1e-6) + 1e-15
+        assert measured <= stated * (1.25 if d.estimates else 1 + 1e-6) + 1e-15
         if not d.needs_input(variant):
             assert measured == pytest.approx(stated, rel=1e-9, abs=1e-15)
 
@@ -186,7 +202,7 @@ def test_every_lattice_point_is_a_multiple_and_stores_less_than_dense(name: str,
             assert d.layout(axes, ranks, variant).params < dense
 
 
-@each_name
+@each_exact_name
 @settings(max_examples=20)
 @given(axes=some_axes(), seed=st.integers(0, 99), metric=st.sampled_from(METRICS))
 def test_every_shape_is_exact_at_full_rank(name: str, axes: Axes, seed: int, metric: str) -> None:
@@ -240,7 +256,7 @@ def test_impossible_ranks_are_refused(name: str, variant: str, kind: str) -> Non
 def test_a_variant_for_another_kind_is_refused(name: str) -> None:
     d = decompositions.get(name)
     for axes in ({"o": 8, "i": 8}, {"g": 1, "o": 8, "i": 8, "p": 1}, {"g": 1, "o": 8, "i": 8, "p": 2, "q": 2}):
-        written = [v for v, text in d.equations.items() if text.startswith("(g o)") == ("g" in axes)]
+        written = [v for v, text in d.equations.items() if text.startswith("(g ") == ("g" in axes)]
         for variant in set(d.equations) - set(written):
             with pytest.raises(ValueError, match=f"{name} has no variant '{variant}'"):
                 d.layout(axes, {"r": 1}, variant)
@@ -253,10 +269,13 @@ def test_extreme_scales_lose_nothing(name: str, variant: str, kind: str, scale: 
     weight, full, lattice = random_weight_of(axes), d.full_ranks(axes, variant), points(d, axes, variant)
     for metric in ("weight", "input"):
         norm = metric_of(metric, axes)
-        found = approximation(d, weight * scale, axes, variant, full, norm)
-        assert_close(found, weight * scale, 1e-12)
+        if d.exact_at_full_rank:
+            found = approximation(d, weight * scale, axes, variant, full, norm)
+            assert_close(found, weight * scale, 1e-12)
         plain = d.errors(weight, axes, norm, lattice, variant)
-        assert d.errors(weight * scale, axes, norm, lattice, variant) == pytest.approx(plain, rel=1e-9)
+        assert d.errors(weight * scale, axes, norm, lattice, variant) == pytest.approx(
+            plain, rel=1e-2 if d.estimates else 1e-9
+        )
 
 
 @each_small_case
@@ -267,7 +286,9 @@ def test_the_scale_of_the_second_moment_does_not_count(name: str, variant: str, 
     other, weight = Metric("input", norm.second_moment * scale), random_weight_of(axes)
     lattice = points(d, axes, variant)
     plain = d.errors(weight, axes, norm, lattice, variant)
-    assert d.errors(weight, axes, other, lattice, variant) == pytest.approx(plain, rel=1e-7, abs=1e-13)
+    assert d.errors(weight, axes, other, lattice, variant) == pytest.approx(
+        plain, rel=1e-2 if d.estimates else 1e-7, abs=1e-13
+    )
 
 
 @each_case
@@ -284,7 +305,7 @@ def test_a_zero_weight_stays_zero_at_every_rank(name: str, variant: str, kind: s
     assert set(d.errors(weight, axes, norm, lattice, variant)) <= {0.0}
 
 
-@each_case
+@each_known_case
 @each_metric
 def test_a_weight_of_rank_one_is_exact_at_every_rank(name: str, variant: str, kind: str, metric: str) -> None:
     d, axes, norm = decompositions.get(name), EXAMPLE_AXES[kind], metric_of(metric, EXAMPLE_AXES[kind])
