@@ -35,18 +35,21 @@ _SMALL = 64
 _LETTERS = "abcdefhijklm"
 
 
-def canonical(tensor: Tensor, rank: int) -> list[Tensor]:
+def canonical(tensor: Tensor, rank: int, starts: Sequence[Sequence[Tensor]] = ()) -> list[Tensor]:
     """Factors (g, n_k, rank) of a tensor (g, n_1, ..., n_m) by alternating least squares (Carroll and Chang 1970).
 
-    Starts from the leading singular vectors of the unfoldings, and from two random points; the best after a few
-    sweeps goes on. There are as many sweeps as ``_WORK`` multiply-adds allow, at least five.
+    Begins at ``starts``, or else at the leading singular vectors of the unfoldings and at two random points; the best
+    after a few sweeps goes on. There are as many sweeps as ``_WORK`` multiply-adds allow, at least five.
     """
     work = (tensor.ndim - 1) * rank * (tensor.numel() + tensor.shape[0] * rank * rank)
-    sweeps = min(400, max(5, _WORK // work))
+    sweeps = min(200, max(5, _WORK // work))
     scale = power_of_two(tensor)
     scaled = tensor / scale
     generator = torch.Generator().manual_seed(rank)
-    starts = [_leading(scaled, rank, generator), *(_random(scaled, rank, generator) for _ in range(2))]
+    if starts:
+        starts = [[first / scale, *rest] for first, *rest in starts]
+    else:
+        starts = [_leading(scaled, rank, generator), *(_random(scaled, rank, generator) for _ in range(2))]
     tried = [_alternated(scaled, start, min(5, max(1, sweeps // 8))) for start in starts]
     best = min(tried, key=lambda entry: entry[1])[0]
     factors = _alternated(scaled, best, sweeps)[0]
