@@ -125,7 +125,7 @@ def _between(found: Sequence[tuple[float, float]], numbers: float) -> float:
     """The error at that many stored numbers, from those at fewer and at more."""
     above = next((k for k, (n, _) in enumerate(found) if n >= numbers), len(found) - 1)
     (n1, e1), (n0, e0) = found[above], found[max(above - 1, 0)]
-    if n1 == n0 or e1 == e0:
+    if numbers == n1 or e1 == e0:
         return e1
     share = (log(numbers) - log(n0)) / (log(n1) - log(n0))
     if min(e0, e1) <= 0:

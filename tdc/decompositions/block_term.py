@@ -32,6 +32,7 @@ class BlockTerm(CoreDecomposition):
 
     name = "block_term"
     summary = "1x1, grouped convolution, 1x1; best for wide convolutions where grouped ones are fast"
+    by_default = False
     equations = dict.fromkeys(("2", "4", "8"), "(g o) i * = u[(g o) (h s)] core[(g h s) r *] v[(g h r) i]")
     exact_at_full_rank = False
 

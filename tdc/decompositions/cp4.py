@@ -29,6 +29,7 @@ class CP4(CanonicalDecomposition):
 
     name = "cp4"
     summary = "1x1, depthwise k x 1 and 1 x k, 1x1; for large windows, where cp has too many multiply-adds"
+    by_default = False
     equations = {"": "(g o) i p q = a[(g o) r] d[(g r) q] c[(g r) p] b[(g r) i]"}
 
     def variants(self, axes: Mapping[str, int]) -> tuple[str, ...]:

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._als import _solve
 from ._conv import taps, weight_axes
 from ._cores import CoreDecomposition, WhiteCore, balanced
+from ._quadratic import _solve
 from .base import Factors
 
 __all__ = ["Tucker"]
 
 
 class Tucker(CoreDecomposition):
-    """``W[o, i, p, q] = sum u[o, s] core[s, r, a, b] x[p, a] y[q, b] v[r, i]`` with windows one tap shorter, a = p - 1
-    and b = q - 1 (Tucker 1966; De Lathauwer, De Moor, Vandewalle 2000).
+    """``W[o, i, p, q] = sum u[o, s] core[s, r, a, c] m[p, a] n[q, c] v[r, i]`` with windows one tap shorter, a = p - 1
+    and c = q - 1 (Tucker 1966; De Lathauwer, De Moor, Vandewalle 2000).
 
-    ``i r + a b r s + o s + p a + q b`` numbers in each group, x and y shared by all. With a = p and b = q it would be
+    ``i r + a c r s + o s + p a + q c`` numbers in each group, m and n shared by all. With a = p and c = q it would be
     Tucker-2. No chain of convolutions computes it, as x and y are the same for all channels. The start is a weighted
     Tucker-2 approximation, x and y the leading singular vectors of its core's windows, and the core the least-squares
     solution for them.
@@ -29,7 +29,9 @@ class Tucker(CoreDecomposition):
 
     name = "tucker"
     summary = "all modes reduced, the windows too; saves storage only, the weight is rebuilt to run it"
-    equations = {"": "(g o) i p q = u[(g o) s] core[(g s) r a b] x[p a] y[q b] v[(g r) i]"}
+    by_default = False
+    storage = True
+    equations = {"": "(g o) i p q = u[(g o) s] core[(g s) r a c] m[p a] n[q c] v[(g r) i]"}
     exact_at_full_rank = False
 
     def variants(self, axes: Mapping[str, int]) -> tuple[str, ...]:
@@ -38,7 +40,7 @@ class Tucker(CoreDecomposition):
         return ("",)
 
     def modes(self, axes: Mapping[str, int], variant: str) -> dict[str, int]:
-        return {"a": max(1, axes.get("p", 1) - 1), "b": max(1, axes.get("q", 1) - 1)}
+        return {"a": max(1, axes.get("p", 1) - 1), "c": max(1, axes.get("q", 1) - 1)}
 
     def full_ranks(self, axes: Mapping[str, int], variant: str) -> dict[str, int]:
         o, i, k = axes["o"], axes["i"], taps(axes)
@@ -56,9 +58,9 @@ class Tucker(CoreDecomposition):
     def start(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
         axes, sizes, shapes = weight_axes(layout), layout.axes, layout.shapes
         found = WhiteCore(weight, axes, metric, sizes, apart=True, sweeps=2)
-        x, y = _windows(found.core, sizes["a"], sizes["b"])
+        x, y = _windows(found.core, sizes["a"], sizes["c"])
         core = _projected_core(found.core, found.second, torch.kron(x, y))
-        parts = {"u": found.outer, "core": core, "x": x, "y": y, "v": found.inner}
+        parts = {"u": found.outer, "core": core, "m": x, "n": y, "v": found.inner}
         return {name: part.reshape(shapes[name]).contiguous() for name, part in parts.items()}
 
 

@@ -28,6 +28,7 @@ class TuckerCP(CoreDecomposition):
 
     name = "tucker_cp"
     summary = "1x1, 1x1, depthwise, 1x1, 1x1; CP with fewer numbers where its rank exceeds the channels' ranks"
+    by_default = False
     equations = {"": "(g o) i * = u[(g o) s] a[(g s) r] c[(g r) *] b[(g r) m] v[(g m) i]"}
     exact_at_full_rank = False
 

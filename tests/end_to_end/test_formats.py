@@ -126,7 +126,7 @@ def test_a_format(name: str, kind: str, variant: str, folder: Path) -> None:
         layout = d.layout(axes, points[0], variant)
         own = {n: torch.randn(s, generator=torch.Generator().manual_seed(2)).double() for n, s in layout.shapes.items()}
         built = decompositions.rebuild(own, layout)
-        assert lost(built, fitted(name, kind, variant, points[0], built)) < 1e-4
+        assert lost(built, fitted(name, kind, variant, points[0], built)) < 1e-3
     errors = [lost(weight, fitted(name, kind, variant, ranks, weight)) for ranks in points]
     assert all(after <= before + 0.01 for before, after in pairwise(errors))
     plan = planned(name, kind, variant)
