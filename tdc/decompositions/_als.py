@@ -21,8 +21,8 @@ __all__ = ["AlternatingDecomposition", "Problem", "refine"]
 
 _LEAST_GAIN = 2e-3
 _SMALL = 1 << 14
-_WORK = 1 << 40
-"""Multiply-adds that the sweeps of one fit may take, about; two sweeps are always made."""
+_SWEEP_WORK = 1 << 37
+"""Multiply-adds of a sweep, about, up to which all sweeps asked for are made; of more, as many as take no longer."""
 
 
 def refine(
@@ -36,16 +36,17 @@ def refine(
 ) -> tuple[Factors, float]:
     """Alternating least squares from a start: ``(factors, relative squared error)``, never worse than the start.
 
-    Stops where a sweep gains less than 0.2 % of the error, and for big weights where the sweeps take too many
-    multiply-adds. ``names``: the factors to fit, in this order; all by
+    Stops where a sweep gains less than 0.2 % of the error. For big weights there are fewer sweeps, in the input metric
+    at least one. ``names``: the factors to fit, in this order; all by
     default. The factors of each piece come with equal norms.
     """
     problem = Problem(weight, layout, metric)
     values = problem.apart(factors)
     best, least = values, problem.error(values)
     start, chosen = least, [*(names if names is not None else layout.rebuild.factors)]
-    most = min(sweeps, max(2, _WORK // max(1, problem.work(chosen)))) if least > EXACT else 0
-    for _ in range(most):
+    if least <= EXACT:
+        sweeps = 0
+    for _ in range(_affordable(problem, chosen, sweeps) if sweeps else 0):
         for name in chosen:
             values = {**values, name: problem.update(name, values)}
         values = _balanced(problem, values)
@@ -58,6 +59,11 @@ def refine(
     if least == start:
         return {name: factors[name] for name in layout.rebuild.factors}, start
     return problem.stored(best), least
+
+
+def _affordable(problem: Problem, names: Sequence[str], sweeps: int) -> int:
+    most = sweeps * _SWEEP_WORK // max(1, problem.work(names))
+    return min(sweeps, max(most, 0 if problem.second is None else 1))
 
 
 def _balanced(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ir import Layout, Metric
-from ._linalg import energy, power_of_two
+from ._linalg import energy, low_rank, power_of_two
 from ._shapes import balanced, measured
 from ._split import SplitDecomposition, Whitened, leading, truncated
 from .base import Factors
@@ -16,6 +16,7 @@ from .base import Factors
 __all__ = ["Residual"]
 
 _SHARE = 8
+_ROUNDS = 3
 _BIG = 1 << 22
 
 
@@ -45,19 +46,18 @@ class Residual(SplitDecomposition):
         return self.family(axes, variant, highest, multiple, lambda r: {"k": max(multiple, r // _SHARE), "r": r})
 
     def start(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
-        scale = power_of_two(weight)
+        rank, scale = layout.axes["r"], power_of_two(weight)
+        known = low_rank(weight, metric)
+        pair = known.basis[0, :, :rank], known.coordinates[0, :rank] / scale
         weight = weight / scale
-        pair = _low_rank(weight, layout.axes["r"], metric)
         best, least = Factors(), float("inf")
-        for _ in range(2 if weight.numel() <= _BIG else 1):
+        for _ in range(_ROUNDS if weight.numel() <= _BIG else 1):
             base = _kronecker(weight - pair[0] @ pair[1], layout, metric)
             rest = weight - _product(base, layout)
-            pairs = [pair, _low_rank(rest, layout.axes["r"], metric)]
-            for u, v in pairs:
-                lost = energy((rest - u @ v)[None], metric)
-                if lost < least:
-                    best, least = {**base, **_bordered(u, v, layout)}, lost
-            pair = pairs[-1]
+            lost = energy((rest - pair[0] @ pair[1])[None], metric)
+            if lost < least:
+                best, least = {**base, **_bordered(*pair, layout)}, lost
+            pair = _low_rank(rest, rank, metric)
         return {name: part * scale if name in ("a", "u") else part for name, part in best.items()}
 
 

@@ -123,7 +123,10 @@ def test_refining_never_loses_and_is_bounded_by_the_work_it_takes(monkeypatch: p
     start = Problem(weight, layout, norm).error(Problem(weight, layout, norm).apart(factors))
     errors = [refine(factors, layout, weight, norm, sweeps=sweeps)[1] for sweeps in (0, 1, 2, 6)]
     assert errors[0] == start > errors[1] > errors[2] > errors[3]
-    monkeypatch.setattr("tdc.decompositions._als._WORK", 1)
+    monkeypatch.setattr("tdc.decompositions._als._SWEEP_WORK", 1)
+    assert refine(factors, layout, weight, norm, sweeps=6)[1] == errors[1]
+    work = Problem(weight, layout, norm).work(["a", "b"])
+    monkeypatch.setattr("tdc.decompositions._als._SWEEP_WORK", work // 3 + 1)
     assert refine(factors, layout, weight, norm, sweeps=6)[1] == errors[2]
 
 
