@@ -37,8 +37,8 @@ def refine(
     """Alternating least squares from a start: ``(factors, relative squared error)``, never worse than the start.
 
     Stops where a sweep gains less than 0.2 % of the error. For big weights there are fewer sweeps, in the input metric
-    at least one. ``names``: the factors to fit, in this order; all by
-    default. The factors of each piece come with equal norms.
+    at least one. ``names``: the factors to fit, in this order; all by default. The factors of each piece come with
+    equal norms.
     """
     problem = Problem(weight, layout, metric)
     values = problem.apart(factors)

@@ -51,13 +51,13 @@ class Residual(SplitDecomposition):
         pair = known.basis[0, :, :rank], known.coordinates[0, :rank] / scale
         weight = weight / scale
         best, least = Factors(), float("inf")
-        for _ in range(_ROUNDS if weight.numel() <= _BIG else 1):
+        for turn in range(_ROUNDS if weight.numel() <= _BIG else 1):
+            pair = _low_rank(rest, rank, metric) if turn else pair
             base = _kronecker(weight - pair[0] @ pair[1], layout, metric)
             rest = weight - _product(base, layout)
             lost = energy((rest - pair[0] @ pair[1])[None], metric)
             if lost < least:
                 best, least = {**base, **_bordered(*pair, layout)}, lost
-            pair = _low_rank(rest, rank, metric)
         return {name: part * scale if name in ("a", "u") else part for name, part in best.items()}
 
 
