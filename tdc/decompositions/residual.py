@@ -50,7 +50,7 @@ class Residual(SplitDecomposition):
         known = low_rank(weight, metric)
         pair = known.basis[0, :, :rank], known.coordinates[0, :rank] / scale
         weight = weight / scale
-        best, least = Factors(), float("inf")
+        rest, best, least = weight, Factors(), float("inf")
         for turn in range(_ROUNDS if weight.numel() <= _BIG else 1):
             pair = _low_rank(rest, rank, metric) if turn else pair
             base = _kronecker(weight - pair[0] @ pair[1], layout, metric)
