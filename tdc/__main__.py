@@ -221,8 +221,8 @@ def _list(options: argparse.Namespace) -> None:
 
     if options.what == "decompositions":
         found = [decompositions.get(name) for name in decompositions.names()]
-        lines = [(d.name, ", ".join(d.layers), d.summary) for d in found]
-        print(format_table(("name", "layers", "good for"), lines, left=3))
+        lines = [(d.name, ", ".join(d.layers), "yes" if d.by_default else "by name", d.summary) for d in found]
+        print(format_table(("name", "layers", "tried", "good for"), lines, left=4))
         for decomposition in found:
             for variant, equation in decomposition.equations.items():
                 print(f"\n{decomposition.name}{'/' if variant else ''}{variant}: {equation}")
