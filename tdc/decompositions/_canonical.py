@@ -24,6 +24,7 @@ from .base import Factors
 __all__ = ["CanonicalDecomposition", "canonical", "small_core"]
 
 _LEAST_GAIN = 1e-5
+_FEW = 12
 _EXACT = 1e-15
 _LEAST_DAMPING = 1e-14
 _WORK = 40_000_000_000
@@ -39,17 +40,19 @@ def canonical(tensor: Tensor, rank: int, starts: Sequence[Sequence[Tensor]] = ()
     """Factors (g, n_k, rank) of a tensor (g, n_1, ..., n_m) by alternating least squares (Carroll and Chang 1970).
 
     Begins at ``starts``, or else at the leading singular vectors of the unfoldings and at two random points; the best
-    after a few sweeps goes on. There are as many sweeps as ``_WORK`` multiply-adds allow, at least five.
+    after a few sweeps goes on. There are as many sweeps as ``_WORK`` multiply-adds allow, at least three; where they are few,
+    the random points are left out.
     """
     work = (tensor.ndim - 1) * rank * (tensor.numel() + tensor.shape[0] * rank * rank)
-    sweeps = min(200, max(5, _WORK // work))
+    sweeps = min(200, max(3, _WORK // work))
     scale = power_of_two(tensor)
     scaled = tensor / scale
     generator = torch.Generator().manual_seed(rank)
     if starts:
         starts = [[first / scale, *rest] for first, *rest in starts]
     else:
-        starts = [_leading(scaled, rank, generator), *(_random(scaled, rank, generator) for _ in range(2))]
+        starts = [_leading(scaled, rank, generator)]
+        starts += [_random(scaled, rank, generator) for _ in range(2 if sweeps >= _FEW else 0)]
     tried = [_alternated(scaled, start, min(5, max(1, sweeps // 8))) for start in starts]
     best = min(tried, key=lambda entry: entry[1])[0]
     factors = _alternated(scaled, best, sweeps)[0]
