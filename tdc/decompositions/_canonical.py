@@ -40,8 +40,8 @@ def canonical(tensor: Tensor, rank: int, starts: Sequence[Sequence[Tensor]] = ()
     """Factors (g, n_k, rank) of a tensor (g, n_1, ..., n_m) by alternating least squares (Carroll and Chang 1970).
 
     Begins at ``starts``, or else at the leading singular vectors of the unfoldings and at two random points; the best
-    after a few sweeps goes on. There are as many sweeps as ``_WORK`` multiply-adds allow, at least three; where they are few,
-    the random points are left out.
+    after a few sweeps goes on. There are as many sweeps as ``_WORK`` multiply-adds allow, at least three; where they
+    are few, the random points are left out.
     """
     work = (tensor.ndim - 1) * rank * (tensor.numel() + tensor.shape[0] * rank * rank)
     sweeps = min(200, max(3, _WORK // work))
@@ -149,6 +149,10 @@ class CanonicalDecomposition(AlternatingDecomposition):
     def fit(self, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
         factors, _ = refine(self.start(weight, layout, metric), layout, weight, metric)
         return corrected(factors, layout, weight, metric)
+
+    def _fit(self, weight: Tensor, layout: Layout, metric: Metric, sweeps: int) -> tuple[Factors, float]:
+        """For predictions; with a second moment sweeps are slow, and one has to do."""
+        return super()._fit(weight, layout, metric, 1 if metric.second_moment is not None else sweeps)
 
     def errors(
         self,
