@@ -141,8 +141,7 @@ def compress(
             output on the calibration data), or ``auto``: input where there is data.
         target: the machine, see ``tdc list targets``.
         plan: a Plan, or the path of a plan file, to apply instead of a budget.
-        allow: names of the decompositions to choose from, or ``all``; default those that are marked as tried by default
-            in ``tdc list decompositions``.
+        allow: names of the decompositions to choose from, or ``all``; default as ``tdc list decompositions`` says.
         exclude: names of sites or modules, or shell patterns, that stay dense.
         allocation: ``lagrangian`` (one budget over all sites) or ``uniform`` (each site keeps the same fraction).
         probe: batches for the sensitivities, see :func:`calibrate`.
