@@ -17,7 +17,7 @@ from ._als import AlternatingDecomposition, refine
 from ._conv import geometric, taps, weight_axes
 from ._cores import WhiteCore
 from ._linalg import power_of_two
-from ._quadratic import _solve
+from ._quadratic import solve
 from ._sensitivity import SLACK, corrected, product, settled, spread
 from .base import Factors
 
@@ -105,7 +105,7 @@ def _sweep(tensor: Tensor, factors: Sequence[Tensor], total: float, damping: flo
         text = ",".join([f"g{modes}", *(f"g{modes[j]}r" for j in others)])
         right = torch.einsum(f"{text}->gr{modes[k]}", tensor, *(found[j] for j in others))
         gram = product([found[j].mT @ found[j] for j in others])
-        rows = _solve(gram, right, damping)
+        rows = solve(gram, right, damping)
         found[k] = rows.mT
         captured = float((2 * right * rows - rows * (gram @ rows)).sum())
     return found, max(total - captured, 0.0)

@@ -13,7 +13,7 @@ from ._als import AlternatingDecomposition, refine
 from ._conv import geometric, mode_problem, taps
 from ._linalg import power_of_two
 from ._modes import fit_modes
-from ._quadratic import _damped
+from ._quadratic import damped
 from .base import Factors
 
 __all__ = ["CoreDecomposition", "WhiteCore", "balanced"]
@@ -110,7 +110,7 @@ def _projected(second: Tensor, inner: Tensor, groups: int) -> Tensor:
 
 
 def _root(moment: Tensor) -> Tensor:
-    return torch.linalg.cholesky(_damped(moment, _STEERING))
+    return torch.linalg.cholesky(damped(moment, _STEERING))
 
 
 class CoreDecomposition(AlternatingDecomposition):

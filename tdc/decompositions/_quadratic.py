@@ -30,7 +30,7 @@ from ._contract import Named, contract, macs
 from ._linalg import energy, power_of_two
 from .base import Factors
 
-__all__ = ["EXACT", "Problem"]
+__all__ = ["EXACT", "Factor", "Problem", "damped", "solve"]
 
 _RIDGE = 1e-9
 _DAMPING = 1e-3
@@ -190,16 +190,16 @@ class Problem:
 
     def update(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         """The factor that lowers E for the others as they are."""
-        return _Factor(self, name).solved(values)
+        return Factor(self, name).solved(values)
 
     def work(self, names: Sequence[str]) -> int:
         """Multiply-adds of one sweep over these factors, about."""
         error = self._expanded_macs if self.second is not None else 0
         dense = self.groups * self.height * self.width * (self.width if self.second is not None else 1)
-        return sum(_Factor(self, name).work for name in names) + min(error, dense)
+        return sum(Factor(self, name).work for name in names) + min(error, dense)
 
 
-class _Factor:
+class Factor:
     """One factor of one piece. Its axes are bonds (summed in the piece), shared axes of the weight (other factors
     carry them too), and its own axes of the weight.
     """
@@ -273,7 +273,7 @@ class _Factor:
         gram = self.gram(others)
         kept = (*self.blocks, *self.unknowns, *self.copies)
         rows = right.permute([self.axes.index(axis) for axis in kept]).reshape(*gram.shape[:2], -1)
-        cube = _solve(gram, rows, _CLOSED).reshape([self.problem.axes[axis] for axis in kept])
+        cube = solve(gram, rows, _CLOSED).reshape([self.problem.axes[axis] for axis in kept])
         return cube.permute([kept.index(axis) for axis in self.axes])
 
     def right(self, values: Mapping[str, Tensor], others: Sequence[Named]) -> Tensor:
@@ -332,13 +332,13 @@ class _Factor:
         for part in parts if self.bonds else []:
             size, primed = self.size(part), tuple(f"{axis}'" for axis in part)
             gram = self.marginal_gram(part, others).reshape(-1, size, size)
-            inverse = torch.linalg.inv(_damped(gram, _DAMPING)).float()
+            inverse = torch.linalg.inv(damped(gram, _DAMPING)).float()
             axes = (*self.shared, *part, *primed)
             found.append((inverse.reshape([problem.axes[axis.rstrip("'")] for axis in axes]), axes))
         if problem.second is not None:
             own = [axis for axis in self.own if axis in problem.inputs]
             found += [
-                (torch.linalg.inv(_damped(problem.marginals[axis], _DAMPING)).float(), (axis, f"{axis}'"))
+                (torch.linalg.inv(damped(problem.marginals[axis], _DAMPING)).float(), (axis, f"{axis}'"))
                 for axis in own
             ]
         return found
@@ -354,17 +354,17 @@ class _Factor:
         return contract([*others, *mirrored, *marginals], (*self.shared, *part, *(f"{axis}'" for axis in part)))
 
 
-def _damped(matrix: Tensor, amount: float) -> Tensor:
+def damped(matrix: Tensor, amount: float) -> Tensor:
     """Symmetric positive semidefinite matrices with ``amount`` of their mean diagonal added to it."""
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
     more = amount * mean + (mean == 0)
     return (matrix + matrix.mT) / 2 + torch.diag_embed(more[..., None].expand(*more.shape, matrix.shape[-1]))
 
 
-def _solve(gram: Tensor, right: Tensor, amount: float) -> Tensor:
+def solve(gram: Tensor, right: Tensor, amount: float) -> Tensor:
     """Least squares by Cholesky, with as much damping as it needs."""
     while True:
-        factor, failed = torch.linalg.cholesky_ex(_damped(gram, amount))
+        factor, failed = torch.linalg.cholesky_ex(damped(gram, amount))
         if not failed.any():
             return torch.cholesky_solve(right, factor)
         amount *= 100

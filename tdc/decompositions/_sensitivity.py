@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ir import Layout, Metric
 from ._contract import contract
-from ._quadratic import Problem, _damped, _Factor, _solve
+from ._quadratic import Factor, Problem, damped, solve
 from .base import Factors
 
 __all__ = ["SLACK", "cancellation", "columns", "corrected", "product", "sensitivity", "settled", "spread", "uncolumned"]
@@ -179,7 +179,7 @@ class _Rows:
     """A factor as (shared axes of the weight, bonds, own axes of the weight), and what multiplies it."""
 
     def __init__(self, problem: Problem, name: str, values: Factors) -> None:
-        self.problem, self._factor = problem, _Factor(problem, name)
+        self.problem, self._factor = problem, Factor(problem, name)
         self.axes = self._factor.axes
         self._others = [(values[other], axes) for other, axes in self._factor.terms.items()]
 
@@ -280,7 +280,7 @@ class _Step:
         pull = torch.stack([(d * heavy).sum() for d in spans])
 
         def at(mu: float) -> Tensor:
-            return _solve(hessian + mu * weight, (slope - mu * pull)[:, None], 1e-12)[:, 0]
+            return solve(hessian + mu * weight, (slope - mu * pull)[:, None], 1e-12)[:, 0]
 
         def error(mu: float) -> float:
             y = at(mu)
@@ -297,7 +297,7 @@ class _Step:
         """
         factor = self.factor
         gram = factor.gram(exact=False) + ridge * torch.diag_embed(self.weights)
-        lower = torch.linalg.cholesky(_damped(gram, _STEERING))
+        lower = torch.linalg.cholesky(damped(gram, _STEERING))
         spans: list[Tensor] = []
         images: list[Tensor] = []
         seeds = [self.slope, heavy]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ir import Layout, Metric
 from ._conv import taps, weight_axes
 from ._cores import CoreDecomposition, WhiteCore, balanced
-from ._quadratic import _solve
+from ._quadratic import solve
 from .base import Factors
 
 __all__ = ["Tucker"]
@@ -88,4 +88,4 @@ def _projected_core(core: Tensor, second: Tensor | None, basis: Tensor) -> Tenso
     half = (second.reshape(-1, taps) @ basis).reshape(groups, rank, taps, -1)
     gram = (half.mT @ basis).reshape(groups, rank, rank, *[basis.shape[1]] * 2).permute(0, 1, 4, 2, 3)
     gram = gram.reshape(groups, rank * basis.shape[1], -1)
-    return projected + _solve(gram, image.flatten(2).mT, 1e-9).mT.reshape(projected.shape)
+    return projected + solve(gram, image.flatten(2).mT, 1e-9).mT.reshape(projected.shape)
