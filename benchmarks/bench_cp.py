@@ -20,8 +20,8 @@ from vgg import cifar, load_vgg11
 
 import tdc
 from tdc import decompositions
-from tdc.decompositions import Factors, refine
-from tdc.decompositions._sensitivity import cancellation, sensitivity
+from tdc.decompositions import Factors, cancellation, refine
+from tdc.decompositions._sensitivity import sensitivity
 from tdc.frontends.nn import NnProgram
 from tdc.ir import Layout, Metric, Site
 

@@ -20,10 +20,14 @@ __all__ = ["Pass", "SiteErrors", "Unit"]
 
 @dataclass(frozen=True)
 class SiteErrors:
-    """Relative squared errors of stored factors, measured after rounding: in the plan's metric, and of the weight."""
+    """Relative squared errors of stored factors, measured after rounding: in the plan's metric, and of the weight.
+
+    ``cancellation``: see :func:`tdc.decompositions.cancellation`.
+    """
 
     metric: float
     weight: float
+    cancellation: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ __all__ = ["CheckError"]
 _ROUNDING = 1e-4
 """Relative squared error that rounding of factors to half precision may add before it is remarked on."""
 
+_CANCELS = 100.0
+"""Cancellation above which it is remarked on: two digits of the factors are lost in the weight."""
+
 
 @dataclass(frozen=True)
 class CheckError(Pass):
@@ -53,6 +56,7 @@ class CheckError(Pass):
             errors[order] = found = SiteErrors(
                 expected * _relative(weight, rebuilt, metric, choice.site),
                 _relative(weight, rebuilt, Metric("weight"), choice.site),
+                decompositions.cancellation(stored, layout),
             )
             shift = decompositions.bias_shift(weight - rebuilt, metric)
             if shift is not None:
@@ -60,6 +64,9 @@ class CheckError(Pass):
             if not found.metric < 1:
                 reason = f"{choice.decomposition} loses it all (relative squared error {found.metric:.3g}): stays dense"
                 failed[order] = Remark(choice.site.name, self.name, reason)
+            elif found.cancellation > _CANCELS:
+                reason = f"terms of {choice.decomposition} cancel: {found.cancellation:.3g} times the weight in size"
+                remarks.append(Remark(choice.site.name, self.name, reason))
             elif choice.error and found.metric > choice.error * 1.1 + _ROUNDING:
                 reason = f"relative squared error {found.metric:.3g} where the plan says {choice.error:.3g}"
                 remarks.append(Remark(choice.site.name, self.name, reason))

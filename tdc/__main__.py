@@ -147,7 +147,7 @@ def _deciding(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--statistics", metavar="FILE", help="what 'tdc calibrate' wrote")
     parser.add_argument("--metric", default="auto", help="weight, input or auto (default)")
     parser.add_argument("--target", default="auto", help="see 'tdc list targets'")
-    parser.add_argument("--allow", action="append", metavar="NAME", help="decomposition to choose from (default: all)")
+    parser.add_argument("--allow", action="append", metavar="NAME", help="decomposition to choose from, or all")
     parser.add_argument("--allocation", default="lagrangian", help="lagrangian (default) or uniform")
     _common(parser)
 

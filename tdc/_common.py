@@ -84,5 +84,5 @@ def realized(unit: Unit, plan: Plan | str | Path | None, exchange: Callable[[Pas
 
 def reported(unit: Unit, before: Cost, after: Cost) -> Report:
     assert unit.plan is not None
-    errors = {order: (found.metric, found.weight) for order, found in unit.errors.items()}
+    errors = {order: (found.metric, found.weight, found.cancellation) for order, found in unit.errors.items()}
     return Report.of(unit.program.door, unit.plan, errors, (before, after))

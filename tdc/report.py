@@ -20,6 +20,8 @@ class SiteReport:
     """One site. Errors are relative squared errors of the stored factors: planned and measured in the metric, and of
     the weight.
 
+    ``execution``: see :class:`tdc.ir.Candidate`. ``cancellation``: see :func:`tdc.decompositions.cancellation`.
+
     ``before`` and ``after``: params, bytes, multiply-adds and peak bytes of activations, the last two of the site in a
     calibration batch (per activation row, or example, where there was none).
     """
@@ -36,6 +38,8 @@ class SiteReport:
     after: Cost
     folded: bool = False
     """Its output comes in another order, which the site that reads it has taken in."""
+    execution: str = "factored"
+    cancellation: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,15 @@ class Report:
         return sum(site.decomposition != "dense" for site in self.sites)
 
     @classmethod
-    def of(cls, door: str, plan: Plan, errors: Mapping[int, tuple[float, float]], costs: tuple[Cost, Cost]) -> Report:
-        """Put a report together; ``errors`` by ``site.order``: (in the metric, of the weight); ``costs`` of the
-        model.
+    def of(
+        cls, door: str, plan: Plan, errors: Mapping[int, tuple[float, float, float]], costs: tuple[Cost, Cost]
+    ) -> Report:
+        """Put a report together; ``errors`` by ``site.order``: in the metric, of the weight, and the cancellation;
+        ``costs`` of the model.
         """
         rows = []
         for choice in plan.choices:
-            error, weight_error = errors.get(choice.site.order, (0.0, 0.0))
+            error, weight_error, cancellation = errors.get(choice.site.order, (0.0, 0.0, 1.0))
             rows.append(
                 SiteReport(
                     name=choice.site.name,
@@ -93,6 +99,8 @@ class Report:
                     before=choice.dense_cost,
                     after=choice.cost,
                     folded=choice.folded,
+                    execution=choice.execution,
+                    cancellation=cancellation,
                 )
             )
         head = (door, plan.metric, plan.statistics, plan.target, plan.budget)
@@ -128,6 +136,7 @@ class Report:
         for site in self.sites:
             ranks = " ".join(f"{axis}={rank}" for axis, rank in site.ranks.items())
             name = f"{site.decomposition}/{site.variant}" if site.variant else site.decomposition
+            name += f" ({site.execution})" if site.execution != "factored" else ""
             keep = site.after.params / site.before.params if site.before.params else 1.0
             counts = (format_count(site.after.params), f"{keep:.3f}", f"{site.error:.2e}", f"{site.weight_error:.2e}")
             rows.append((site.name, site.layer, name, ranks or "-", *counts))

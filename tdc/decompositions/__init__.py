@@ -13,13 +13,14 @@ from inspect import isabstract
 from ..errors import OptionError
 from ._als import AlternatingDecomposition, refine
 from ._linalg import bias_shift, energy, low_rank
-from .base import Decomposition, Factors, rebuild
+from .base import Decomposition, Factors, cancellation, rebuild
 
 __all__ = [
     "AlternatingDecomposition",
     "Decomposition",
     "Factors",
     "bias_shift",
+    "cancellation",
     "energy",
     "get",
     "low_rank",

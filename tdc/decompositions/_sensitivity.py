@@ -20,9 +20,9 @@ from torch import Tensor
 from ..ir import Layout, Metric
 from ._contract import contract
 from ._quadratic import Factor, Problem, damped, solve
-from .base import Factors
+from .base import Factors, cancellation
 
-__all__ = ["SLACK", "cancellation", "columns", "corrected", "product", "sensitivity", "settled", "spread", "uncolumned"]
+__all__ = ["SLACK", "columns", "corrected", "product", "sensitivity", "settled", "spread", "uncolumned"]
 
 SLACK = 1.02
 """The correction may raise the error, as an amplitude, by this factor."""
@@ -94,16 +94,6 @@ def sensitivity(factors: Factors, layout: Layout) -> float:
         part.shape[1] * float(product([s for j, s in enumerate(squares) if j != k]).sum())
         for k, part in enumerate(parts)
     )
-
-
-def cancellation(factors: Factors, layout: Layout) -> float:
-    """``|| sum_r |f1| ... |fm| || / || sum_r f1 ... fm ||``: 1 where no terms cancel; 0 of a zero weight."""
-    parts = list(columns(factors, layout).values())
-    whole, plain = (
-        float(product([part.mT @ part for part in chosen]).sum().clamp(min=0).sqrt())
-        for chosen in ([part.abs() for part in parts], parts)
-    )
-    return whole / plain if plain > 0 else 0.0
 
 
 def _sound(factors: Factors, layout: Layout, norm: float) -> bool:

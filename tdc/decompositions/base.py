@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ir import Layout, Metric, Pivot, Rebuild, Term
 
-__all__ = ["Decomposition", "Factors", "rebuild"]
+__all__ = ["Decomposition", "Factors", "cancellation", "rebuild"]
 
 Factors = dict[str, Tensor]
 
@@ -143,6 +143,15 @@ def rebuild(factors: Factors, layout: Layout) -> Tensor:
     if "g" in axes:
         return whole
     return whole[: axes["o"], : axes["i"]]
+
+
+def cancellation(factors: Factors, layout: Layout) -> float:
+    """The norm of the weight that the absolute values of the factors rebuild, over that of the weight that they
+    rebuild: 1 where nothing cancels. Rounding errors of factors can grow by so much in the weight.
+    """
+    sizes = {name: f.abs() if f.is_floating_point() else f for name, f in factors.items()}
+    norm = float(rebuild(factors, layout).norm())
+    return float(rebuild(sizes, layout).norm()) / norm if norm > 0 else 1.0
 
 
 def _whole(factors: Factors, pivot: Pivot | None, name: str, term: Term, axes: Mapping[str, int]) -> Tensor:

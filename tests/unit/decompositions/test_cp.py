@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tdc import decompositions
-from tdc.decompositions import Factors, rebuild
+from tdc.decompositions import Factors, cancellation, rebuild
 from tdc.decompositions._als import refine
 from tdc.decompositions._canonical import canonical
-from tdc.decompositions._sensitivity import cancellation, columns, corrected, sensitivity
+from tdc.decompositions._sensitivity import columns, corrected, sensitivity
 from tdc.ir import Layout, Metric
 from tdc.testing import EXAMPLE_AXES, random_metric_of, random_weight_of, relative_error
 
