@@ -78,8 +78,12 @@ class TTConv(CoreDecomposition):
         axes, ranks, shapes = weight_axes(layout), layout.axes, layout.shapes
         core = WhiteCore(weight, axes, metric, ranks, apart=True, sweeps=2)
         modes = core.core.flatten(2, 3)
-        found = fit_modes(modes, core.second, ranks["l"], None, sweeps=2)
-        parts = {"u": core.outer, "w": found.core, "h": found.inner, "v": core.inner}
+        reach = min(ranks["l"], modes.shape[2])
+        found = fit_modes(modes, core.second, reach, None, sweeps=2)
+        missing = ranks["l"] - reach  # more than its neighbours can fill
+        middle = torch.nn.functional.pad(found.core, (0, 0, 0, missing))
+        inner = torch.nn.functional.pad(found.inner, (0, 0, 0, missing))
+        parts = {"u": core.outer, "w": middle, "h": inner, "v": core.inner}
         return {name: part.reshape(shapes[name]).contiguous() for name, part in parts.items()}
 
 
