@@ -84,7 +84,7 @@ def approximation(
 
 def points(d: Decomposition, axes: Axes, variant: str, most: int = 12) -> list[dict[str, int]]:
     """The lattice, of a long one some points from end to end, and fewer where every one takes iterations."""
-    most = min(most, 3) if d.estimates else most
+    most = min(most, 2) if d.estimates else most
     lattice = [dict(ranks) for ranks in d.rank_lattice(axes, 1, variant)]
     if len(lattice) <= most:
         return lattice
@@ -284,7 +284,7 @@ def test_extreme_scales_lose_nothing(name: str, variant: str, kind: str, scale: 
             assert_close(found, weight * scale, 1e-12)
         plain = d.errors(weight, axes, norm, lattice, variant)
         assert d.errors(weight * scale, axes, norm, lattice, variant) == pytest.approx(
-            plain, rel=1e-2 if d.estimates else 1e-9
+            plain, rel=0.1 if d.estimates else 1e-9
         )
 
 
@@ -297,7 +297,7 @@ def test_the_scale_of_the_second_moment_does_not_count(name: str, variant: str, 
     lattice = points(d, axes, variant)
     plain = d.errors(weight, axes, norm, lattice, variant)
     assert d.errors(weight, axes, other, lattice, variant) == pytest.approx(
-        plain, rel=1e-2 if d.estimates else 1e-7, abs=1e-13
+        plain, rel=0.1 if d.estimates else 1e-7, abs=1e-13
     )
 
 
