@@ -33,6 +33,7 @@ __all__ = [
     "random_weight_of",
     "relative_error",
     "run_block",
+    "tried",
     "variants_of",
 ]
 
@@ -63,9 +64,14 @@ def variants_of(name: str, axes: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*proposed, *(same for v in proposed for same in d.same_fit(axes, v)))))
 
 
+def tried() -> list[str]:
+    """Names of the decompositions that are tried by default."""
+    return [name for name in decompositions.names() if decompositions.get(name).by_default]
+
+
 def applicable(axes: Mapping[str, int]) -> list[str]:
-    """Names of the decompositions that propose a variant for a weight of these axes."""
-    return [name for name in decompositions.names() if variants_of(name, axes)]
+    """Those of them that propose a variant for a weight of these axes."""
+    return [name for name in tried() if variants_of(name, axes)]
 
 
 def random_weight(rows: int, columns: int, *, rank: int | None = None, seed: int = 0) -> Tensor:

@@ -26,6 +26,7 @@ from tdc.testing import (
     random_metric_of,
     random_weight_of,
     relative_error,
+    tried,
     variants_of,
 )
 
@@ -33,9 +34,7 @@ Axes = Mapping[str, int]
 METRICS = ("weight", "input", "centred", "singular")
 
 
-CASES = [
-    (n, v, kind) for n in decompositions.names() for kind, axes in EXAMPLE_AXES.items() for v in variants_of(n, axes)
-]
+CASES = [(n, v, kind) for n in tried() for kind, axes in EXAMPLE_AXES.items() for v in variants_of(n, axes)]
 SMALL = ("linear-tall", "conv1d", "conv2d-groups", "conv2d-pointwise", "conv2d-narrowing", "conv3d")
 FEW = [case for case in CASES if case[2] in SMALL]
 SIDES = st.integers(2, 13)
@@ -57,7 +56,7 @@ each_known_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(KN
 each_known_name = pytest.mark.parametrize("name", sorted({name for name, *_ in KNOWN}))
 each_exact_name = pytest.mark.parametrize("name", sorted({name for name, *_ in EXACT}))
 each_metric = pytest.mark.parametrize("metric", METRICS)
-each_name = pytest.mark.parametrize("name", decompositions.names())
+each_name = pytest.mark.parametrize("name", tried())
 
 
 @st.composite
