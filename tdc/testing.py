@@ -33,7 +33,6 @@ __all__ = [
     "random_weight_of",
     "relative_error",
     "run_block",
-    "tried",
     "variants_of",
 ]
 
@@ -64,14 +63,16 @@ def variants_of(name: str, axes: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*proposed, *(same for v in proposed for same in d.same_fit(axes, v)))))
 
 
-def tried() -> list[str]:
-    """Names of the decompositions that are tried by default."""
-    return [name for name in decompositions.names() if decompositions.get(name).by_default]
-
-
-def applicable(axes: Mapping[str, int]) -> list[str]:
-    """Those of them that propose a variant for a weight of these axes."""
-    return [name for name in tried() if variants_of(name, axes)]
+def applicable(axes: Mapping[str, int], *, by_default: bool = False) -> list[str]:
+    """Names of the decompositions that propose a variant for a weight of these axes; ``by_default``: of those that are
+    tried where none are named.
+    """
+    names = (
+        decompositions.names()
+        if not by_default
+        else [n for n in decompositions.names() if decompositions.get(n).by_default]
+    )
+    return [name for name in names if variants_of(name, axes)]
 
 
 def random_weight(rows: int, columns: int, *, rank: int | None = None, seed: int = 0) -> Tensor:
@@ -285,64 +286,104 @@ def count_macs(block: Block, factors: Mapping[str, Tensor], lengths: Sequence[in
 def _trace(block: Block, factors: Mapping[str, Tensor], activation: Tensor) -> tuple[np.ndarray, int]:
     constants = {name: f.double().numpy() if f.is_floating_point() else f.numpy() for name, f in factors.items()}
     values = {block.input: activation.double().numpy()}
-    macs = 0
+    sizes, macs = dict(block.sizes), 0
     for op in block.ops:
         operands = [values[name] if name in values else constants[name] for name in op.inputs]
-        values[op.output] = _compute(op, operands, dict(block.sizes).get("g", 1))
-        if op.kind in ("matmul", "conv"):
-            macs += values[op.output].size * _summed(op, operands)
+        own = _own_sizes(op, operands, sizes)
+        values[op.output], numbers = _compute(op, operands, own)
+        if op.equation is not None:
+            macs += numbers * prod(own[axis] for axis in op.equation.contracted if axis in op.equation.inputs[1].axes)
     return values[block.output], macs
 
 
-def _compute(op: Op, operands: list[np.ndarray], groups: int) -> np.ndarray:
-    if op.kind == "take":
-        return operands[0][:, operands[1][op.start : op.stop]]
-    if op.kind == "concat":
-        return np.concatenate(operands, axis=1)
-    if op.kind == "add":
-        return operands[0] + operands[1]
-    if op.kind == "conv":
-        return _convolve(op, operands[0], operands[1], groups)
-    assert op.kind == "matmul"
+def _own_sizes(op: Op, operands: list[np.ndarray], sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """Sizes of axes with those of the op's factor, which may be stored without an identity block."""
+    if op.equation is None:
+        return sizes
+    own = dict(sizes)
+    for group, length in zip(op.equation.inputs[1].groups, operands[1].shape, strict=True):
+        own[group[-1]] = length // prod(sizes[axis] for axis in group[:-1])
+    return own
+
+
+def _compute(op: Op, operands: list[np.ndarray], sizes: Mapping[str, int]) -> tuple[np.ndarray, int]:
+    """What an op gives, and how many numbers that are before any is cut off."""
+    if op.kind == "weight":
+        result = _built(op, operands, sizes)
+    elif op.kind == "take":
+        result = operands[0][:, operands[1][op.start : op.stop]]
+    elif op.kind == "concat":
+        result = np.concatenate(operands, axis=1)
+    elif op.kind == "add":
+        result = operands[0] + operands[1]
+    elif op.kind == "conv":
+        result = _convolve(op, operands[0], operands[1], sizes)
+    else:
+        assert op.kind in ("matmul", "contract")
+        result = _product(op, operands[0], operands[1], sizes)
+        return result[:, : op.stop or None], result.size
+    return result, result.size
+
+
+def _numbered(op: Op, windows: Sequence[str] = ()) -> list[list[int]]:
+    """The axes of activation, factor and output of an op as numbers, ``windows`` left out."""
     assert op.equation is not None
     number = {axis: k for k, axis in enumerate(op.equation.axes)}
-    terms = [[number[axis] for axis in term.axes] for term in (*op.equation.inputs, op.equation.output)]
-    return np.einsum(operands[0], terms[0], operands[1], terms[1], terms[2])
+    terms = (*op.equation.inputs, op.equation.output)
+    return [[number[axis] for axis in term.axes if axis not in windows] for term in terms]
 
 
-def _convolve(op: Op, activation: np.ndarray, factor: np.ndarray, groups: int) -> np.ndarray:
+def _product(op: Op, activation: np.ndarray, factor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+    """Channels (rows, n), with zeros behind them where the axes hold more, times a factor."""
+    assert op.equation is not None
+    read, carried = ([sizes[axis] for axis in term.axes if axis != "b"] for term in op.equation.inputs)
+    padded = np.pad(activation, [(0, 0), (0, prod(read) - activation.shape[1])])
+    x, w, y = _numbered(op)
+    product = np.einsum(padded.reshape(-1, *read), x, factor.reshape(carried), w, y)
+    return product.reshape(len(activation), -1)
+
+
+def _built(op: Op, operands: list[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
+    """The dense weight that an op builds from factors without identity blocks."""
+    assert op.rebuild is not None
+    assert not op.rebuild.pivots
+    named, whole = dict(zip(op.inputs, operands, strict=True)), np.zeros(())
+    for piece in op.rebuild.pieces:
+        number = {axis: k for k, axis in enumerate(piece.equation.axes)}
+        terms = zip(piece.operands, piece.equation.inputs, strict=True)
+        parts = [([sizes[axis] for axis in t.axes], [number[axis] for axis in t.axes], named[n]) for n, t in terms]
+        flat = [part for shape, axes, array in parts for part in (array.reshape(shape), axes)]
+        whole = whole + np.einsum(*flat, [number[axis] for axis in piece.equation.output.axes])
+    whole = whole.reshape(op.rebuild.output.shape(sizes))
+    return whole if "g" in sizes else whole[: sizes["o"], : sizes["i"]]
+
+
+def _convolve(op: Op, activation: np.ndarray, factor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
     """The convolution tap by tap: an entry of the input for every position, times the factor's matrix of that tap."""
     assert op.equation is not None
-    carried = [group[0] for group in op.equation.inputs[1].groups[2:]]
-    summed = {op.equation.inputs[1].groups[1][0], *carried}
-    assert set(op.equation.contracted) == summed, f"'{op}' is no convolution: it sums over {op.equation.contracted}"
+    axes, names = op.equation.inputs[1].axes, [w.axis for w in op.windows]
+    carried = [axis for axis in axes if axis in names]
     window = {w.axis: w for w in op.windows}
-    assert all(window[axis].size == size for axis, size in zip(carried, factor.shape[2:], strict=True))
+    assert all(window[axis].size == sizes[axis] for axis in carried)
+    assert all(w.axis in carried or w.size == 1 for w in op.windows if not w.trivial)
     pads = [w.padding(n) for w, n in zip(op.windows, activation.shape[2:], strict=True)]
     counts = [w.positions(n) for w, n in zip(op.windows, activation.shape[2:], strict=True)]
     padded = np.pad(activation, [(0, 0), (0, 0), *pads])
-    kernel = np.moveaxis(factor.reshape(groups, -1, *factor.shape[1:]), (0, 1, 2), (-3, -2, -1))
-    total = np.zeros((len(activation), groups, kernel.shape[-2], *counts))
-    for tap in product(*(range(size) for size in factor.shape[2:])):
+    kernel = factor.reshape([sizes[axis] for axis in axes])
+    kernel = np.moveaxis(kernel, [axes.index(axis) for axis in carried], range(len(carried)))
+    read = [sizes[axis] for axis in op.equation.inputs[0].axes if axis != "b" and axis not in names]
+    (x, w, y), last = _numbered(op, names), len(op.equation.axes)
+    total = np.zeros(())
+    for tap in product(*(range(sizes[axis]) for axis in carried)):
         first = {axis: place * window[axis].dilation for axis, place in zip(carried, tap, strict=True)}
         places = tuple(
-            slice(start := first.get(w.axis, 0), start + (count - 1) * w.stride + 1, w.stride)
-            for w, count in zip(op.windows, counts, strict=True)
+            slice(start := first.get(each.axis, 0), start + (count - 1) * each.stride + 1, each.stride)
+            for each, count in zip(op.windows, counts, strict=True)
         )
         seen = padded[(slice(None), slice(None), *places)]
-        seen = seen.reshape(len(seen), groups, -1, *counts)
-        total += np.einsum("ngi...,goi->ngo...", seen, kernel[tap])
+        seen = seen.reshape(len(seen), *read, -1)
+        total = total + np.einsum(seen, [*x, last], kernel[tap], w, [*y, last])
     return total.reshape(len(activation), -1, *counts)
-
-
-def _summed(op: Op, operands: list[np.ndarray]) -> int:
-    """Numbers summed for each number that comes out."""
-    assert op.equation is not None
-    if op.kind == "conv":
-        return prod(operands[1].shape[1:])
-    terms = zip(op.equation.inputs, operands, strict=True)
-    length = {axis: array.shape[k] for term, array in terms for k, axis in enumerate(term.axes)}
-    return prod(length[axis] for axis in op.equation.contracted)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -26,7 +26,6 @@ from tdc.testing import (
     random_metric_of,
     random_weight_of,
     relative_error,
-    tried,
     variants_of,
 )
 
@@ -34,7 +33,9 @@ Axes = Mapping[str, int]
 METRICS = ("weight", "input", "centred", "singular")
 
 
-CASES = [(n, v, kind) for n in tried() for kind, axes in EXAMPLE_AXES.items() for v in variants_of(n, axes)]
+CASES = [
+    (n, v, kind) for n in decompositions.names() for kind, axes in EXAMPLE_AXES.items() for v in variants_of(n, axes)
+]
 SMALL = ("linear-tall", "conv1d", "conv2d-groups", "conv2d-pointwise", "conv2d-narrowing", "conv3d")
 FEW = [case for case in CASES if case[2] in SMALL]
 SIDES = st.integers(2, 13)
@@ -43,10 +44,11 @@ EXACT = [case for case in CASES if decompositions.get(case[0]).exact_at_full_ran
 KNOWN = [case for case in CASES if not decompositions.get(case[0]).estimates]
 
 
-def marked(cases: list[tuple[str, str, str]]) -> list[Any]:
-    """The laws on formats that are fitted by iterations take minutes."""
-    slow = [decompositions.get(name).estimates for name, *_ in cases]
-    return [pytest.param(*c, marks=[pytest.mark.slow] if s else []) for c, s in zip(cases, slow, strict=True)]
+def marked(cases: list[Any]) -> list[Any]:
+    """Names, or tuples that begin with one: the laws on formats that are fitted by iterations take minutes."""
+    values = [(case,) if isinstance(case, str) else case for case in cases]
+    slow = [decompositions.get(name).estimates for name, *_ in values]
+    return [pytest.param(*v, marks=[pytest.mark.slow] if s else []) for v, s in zip(values, slow, strict=True)]
 
 
 each_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(CASES))
@@ -54,9 +56,10 @@ each_small_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(FE
 each_exact_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(EXACT))
 each_known_case = pytest.mark.parametrize(("name", "variant", "kind"), marked(KNOWN))
 each_known_name = pytest.mark.parametrize("name", sorted({name for name, *_ in KNOWN}))
-each_exact_name = pytest.mark.parametrize("name", sorted({name for name, *_ in EXACT}))
+each_exact_name = pytest.mark.parametrize("name", marked(sorted({name for name, *_ in EXACT})))
 each_metric = pytest.mark.parametrize("metric", METRICS)
-each_name = pytest.mark.parametrize("name", tried())
+each_name = pytest.mark.parametrize("name", decompositions.names())
+each_fitted_name = pytest.mark.parametrize("name", marked(decompositions.names()))
 
 
 @st.composite
@@ -331,7 +334,7 @@ def test_a_weight_of_rank_one_is_exact_at_every_rank(name: str, variant: str, ki
         assert_close(approximation(d, weight, axes, variant, ranks, norm), weight, 1e-12)
 
 
-@each_name
+@each_fitted_name
 @pytest.mark.parametrize("sizes", [(2, 31), (31, 2), (3, 29), (13, 13)])
 @pytest.mark.parametrize("taps", [{}, {"p": 2}, {"p": 2, "q": 3}])
 def test_thin_and_prime_shapes_are_fitted_at_every_rank(name: str, sizes: tuple[int, int], taps: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from math import prod
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from tdc import targets
 from tdc.decompositions import get, rebuild
-from tdc.ir import Block, Layout, Metric, OpKind, Window
+from tdc.ir import Block, Decline, Layout, Metric, OpKind, Window
 from tdc.ir.verify import verify_block
 from tdc.planning.path import contraction_paths
 from tdc.testing import (
@@ -44,19 +45,40 @@ each_image = pytest.mark.parametrize(("target", "name", "variant", "kind"), IMAG
 
 
 def lowered(target: str, layout: Layout, windows: tuple[Window, ...] = ()) -> Block:
-    """The block; without stride, padding and dilation where no ``windows`` are given."""
+    """The block that runs the factors, or builds the weight from them where they cannot run; without stride, padding
+    and dilation where no ``windows`` are given.
+    """
     plain = tuple(Window(axis, size) for axis, size in layout.sizes if axis in ("p", "q", "z"))
     kind, windows = KINDS[len(plain)], windows or plain
-    block = targets.get(target).lower(kind, layout, contraction_paths(kind, layout, windows))
+    machine = targets.get(target)
+    block: Block | Decline
+    try:
+        block = machine.lower(kind, layout, contraction_paths(kind, layout, windows))
+    except ValueError as error:
+        assert "slide over" in str(error)  # noqa: PT017
+        block = Decline(str(error))
+    if not block:
+        block = machine.lower_weight(kind, layout, windows, "stored")
     assert block, f"{target} declines {layout}: {block}"
     return block
 
 
 def fitted(name: str, variant: str, axes: dict[str, int], rank: int, seed: int = 0) -> tuple[Layout, dict[str, Tensor]]:
-    """Layout and factors with every rank at ``rank``, or at the full one where that is less."""
+    """Layout and factors with every rank at ``rank``, or at the full one where that is less; random factors of formats
+    that take iterations to fit.
+    """
     d = get(name)
     layout = d.layout(axes, {axis: min(rank, full) for axis, full in d.full_ranks(axes, variant).items()}, variant)
+    if d.estimates:
+        generator = torch.Generator().manual_seed(seed)
+        return layout, {n: torch.randn(s, generator=generator).double() for n, s in layout.shapes.items()}
     return layout, d.fit(random_weight_of(axes, seed=seed), layout, Metric("weight"))
+
+
+def sides(name: str, variant: str) -> st.SearchStrategy[tuple[int, int]]:
+    """Sizes for which the variant is proposed."""
+    pairs = product(range(2, 18), repeat=2)
+    return st.sampled_from([(o, i) for o, i in pairs if variant in variants_of(name, {"o": o, "i": i})])
 
 
 @st.composite
@@ -83,10 +105,11 @@ def torch_convolution(activation: Tensor, weight: Tensor, windows: tuple[Window,
 
 @each_case
 @settings(max_examples=30)
-@given(rows=st.integers(2, 17), columns=st.integers(2, 17), rank=st.integers(1, 17), batch=st.integers(1, 5))
+@given(data=st.data(), rank=st.integers(1, 17), batch=st.integers(1, 5))
 def test_a_block_is_the_dense_operator_with_the_rebuilt_weight(
-    target: str, name: str, variant: str, rows: int, columns: int, rank: int, batch: int
+    target: str, name: str, variant: str, data: st.DataObject, rank: int, batch: int
 ) -> None:
+    rows, columns = data.draw(sides(name, variant))
     layout, factors = fitted(name, variant, {"o": rows, "i": columns}, rank)
     activation = random_weight(batch, columns, seed=5)
     dense = activation @ rebuild(factors, layout).T
@@ -110,11 +133,10 @@ def test_a_block_is_the_dense_convolution_with_the_rebuilt_weight(
 
 
 @each_case
-@given(rows=st.integers(2, 17), columns=st.integers(2, 17), rank=st.integers(1, 17))
+@given(data=st.data(), rank=st.integers(1, 17))
 @settings(max_examples=20)
-def test_a_block_counts_its_multiply_adds(
-    target: str, name: str, variant: str, rows: int, columns: int, rank: int
-) -> None:
+def test_a_block_counts_its_multiply_adds(target: str, name: str, variant: str, data: st.DataObject, rank: int) -> None:
+    rows, columns = data.draw(sides(name, variant))
     layout, factors = fitted(name, variant, {"o": rows, "i": columns}, rank)
     block = lowered(target, layout)
     assert block.macs == count_macs(block, factors)
@@ -145,7 +167,7 @@ def test_a_block_is_well_formed_and_never_joins_constants(
     block = lowered(target, layout)
     verify_block(block)
     constants = {factor for factor, _ in block.factors}
-    assert all(set(op.inputs) - constants for op in block.ops)
+    assert all(set(op.inputs) - constants or op.kind == "weight" for op in block.ops)
     assert {key: layout.shapes[key] for key in constants} == dict(block.factors)
 
 
@@ -156,9 +178,9 @@ BIG = {0: {"o": 64, "i": 48}, 1: {"p": 5}, 2: {"p": 5, "q": 5}, 3: {"p": 3, "q":
 @pytest.mark.parametrize("taps", BIG)
 def test_low_rank_is_cheaper_than_dense(target: str, taps: int) -> None:
     axes = BIG[0] if not taps else {"g": 1, "o": 32, "i": 24, **BIG[taps]}
-    for name in applicable(axes):
+    for name in (n for n in applicable(axes) if not get(n).storage):
         for variant in variants_of(name, axes):
-            layout, _ = fitted(name, variant, axes, 4)
+            layout, _ = fitted(name, variant, axes, 3)
             assert lowered(target, layout).macs < prod(axes.values())
 
 
@@ -192,13 +214,12 @@ def test_a_target_states_name_and_summary(target: str) -> None:
 def test_float32_blocks_agree_with_float32_rebuilds(kind: str) -> None:
     axes = dict(EXAMPLE_AXES[kind])
     windows = tuple(Window(axis, size, 1, 1, size - 1, 0) for axis, size in axes.items() if axis in ("p", "q", "z"))
-    weight = random_weight_of(axes).float()
     for name in applicable(axes):
         for variant in variants_of(name, axes):
             layout, factors = fitted(name, variant, axes, 99)
             stored = {key: f.float() if f.is_floating_point() else f for key, f in factors.items()}
             block = lowered(targets.get("auto").name, layout, windows)
-            width = axes.get("g", 1) * axes["i"]
+            weight, width = rebuild(factors, layout).float(), axes.get("g", 1) * axes["i"]
             x = torch.randn(3, width, *([5] * len(windows)))
             dense = torch_convolution(x, weight, windows, axes["g"]) if windows else x @ weight.T
             assert_close(run_block(block, stored, x).float(), dense, 1e-5)

@@ -22,7 +22,7 @@ from tdc.testing import applicable, assert_close, random_cnn, variants_of
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 PADS = {1: nn.ConstantPad1d, 2: nn.ZeroPad2d, 3: nn.ConstantPad3d}
 IMAGES = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(3))
-NAMES = applicable({"g": 1, "o": 16, "i": 8, "p": 3, "q": 3})
+NAMES = applicable({"g": 1, "o": 16, "i": 8, "p": 3, "q": 3}, by_default=True)
 
 
 def full(site: Site, name: str, variant: str) -> Candidate:
@@ -63,7 +63,7 @@ def layers(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*parts), torch.randn(*batch, inner, *lengths, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", [n for n in decompositions.names() if decompositions.get(n).by_default])
+@pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=20)
 @given(layer=layers(), pick=st.integers(0, 5))
 def test_full_rank_is_exact_for_every_convolution(name: str, layer: tuple[nn.Module, Tensor], pick: int) -> None:

@@ -82,7 +82,7 @@ def half_ranks(site: Site, name: str) -> Candidate:
 
 
 @pytest.mark.parametrize("with_data", [False, True])
-@pytest.mark.parametrize("name", applicable({"g": 1, "o": 16, "i": 8, "p": 3, "q": 3}))
+@pytest.mark.parametrize("name", applicable({"g": 1, "o": 16, "i": 8, "p": 3, "q": 3}, by_default=True))
 def test_the_report_counts_what_runs_and_what_is_stored(name: str, with_data: bool) -> None:
     model = random_cnn()
     plan = Plan(tuple(half_ranks(site, name) for site in NnProgram(model, IMAGES).sites()[0]))

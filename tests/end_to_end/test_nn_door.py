@@ -21,7 +21,7 @@ from tdc.frontends.nn import NnProgram
 from tdc.ir import Candidate, Plan
 from tdc.testing import applicable, assert_close, random_mlp, random_weight, variants_of
 
-NAMES = applicable({"o": 12, "i": 8})
+NAMES = applicable({"o": 12, "i": 8}, by_default=True)
 CASES = [(name, variant) for name in NAMES for variant in variants_of(name, {"o": 12, "i": 8})]
 BUDGET = "params=0.6"
 

@@ -86,7 +86,7 @@ CASES = [
     (layer, name, variant)
     for layer, make in LAYERS.items()
     for axes in [dict(NnProgram(nn.Sequential(make()), images(make(), 0)[:1]).sites()[0][0].axes)]
-    for name in applicable(axes)
+    for name in applicable(axes, by_default=True)
     for variant in variants_of(name, axes)
 ]
 
@@ -121,7 +121,7 @@ def test_the_bias_takes_up_the_mean_of_the_change(layer: str, name: str, variant
     assert float(mean.abs().max()) < 1e-4 * float(change.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("name", applicable({"g": 1, "o": 16, "i": 8, "p": 3, "q": 3}))
+@pytest.mark.parametrize("name", applicable({"g": 1, "o": 16, "i": 8, "p": 3, "q": 3}, by_default=True))
 def test_the_bias_takes_up_the_mean_behind_a_folded_norm(name: str) -> None:
     """The change of the first layer alone, seen behind its normalisation."""
     model = random_cnn()

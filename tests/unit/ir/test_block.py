@@ -24,7 +24,7 @@ WIDE = Op("conv", "t0", ("x", "w"), Equation.parse("b g i p q, (g o) i p q -> b 
 CONV = OpKind.CONV2D
 
 
-@pytest.mark.parametrize("name", applicable(AXES))
+@pytest.mark.parametrize("name", applicable(AXES, by_default=True))
 def test_blocks_print_as_straight_lines(golden: Callable[[str], None], name: str) -> None:
     d, texts = decompositions.get(name), []
     for variant in variants_of(name, AXES):
@@ -63,7 +63,7 @@ def test_a_broken_block_is_refused_with_what_is_broken(
         verify_block(Block(factors, ops, output, SIZES))
 
 
-@pytest.mark.parametrize("name", applicable(IMAGE))
+@pytest.mark.parametrize("name", applicable(IMAGE, by_default=True))
 def test_blocks_of_convolutions_print_as_straight_lines(golden: Callable[[str], None], name: str) -> None:
     d, texts = decompositions.get(name), []
     for variant in variants_of(name, IMAGE):

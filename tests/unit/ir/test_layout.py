@@ -109,7 +109,7 @@ def test_a_sum_adds_its_pieces() -> None:
 def test_layouts_print_as_equation_and_sizes(golden: Callable[[str], None]) -> None:
     axes = {"o": 12, "i": 8}
     texts = []
-    for name in applicable(axes):
+    for name in applicable(axes, by_default=True):
         for variant in variants_of(name, axes):
             layout = decompositions.get(name).layout(axes, {"r": 3}, variant)
             texts.append(f"{name} {variant or '-'}: {layout}\n  {layout.shapes}\n  {layout.params} numbers")
@@ -119,7 +119,7 @@ def test_layouts_print_as_equation_and_sizes(golden: Callable[[str], None]) -> N
 @pytest.mark.parametrize("kind", ["conv2d-groups", "conv3d"])
 def test_layouts_of_convolutions_print_as_equation_and_sizes(golden: Callable[[str], None], kind: str) -> None:
     axes, texts = EXAMPLE_AXES[kind], []
-    for name in applicable(axes):
+    for name in applicable(axes, by_default=True):
         d = decompositions.get(name)
         for variant in variants_of(name, axes):
             layout = d.layout(axes, dict.fromkeys(d.full_ranks(axes, variant), 2), variant)
