@@ -59,7 +59,8 @@ class Tucker(CoreDecomposition):
         axes, sizes, shapes = weight_axes(layout), layout.axes, layout.shapes
         found = WhiteCore(weight, axes, metric, sizes, apart=True, sweeps=2)
         x, y = _windows(found.core, sizes["a"], sizes["c"])
-        core = _projected_core(found.core, found.second, torch.kron(x.contiguous(), y.contiguous()))
+        basis = torch.einsum("pa,qc->pqac", x, y).flatten(2).flatten(0, 1)
+        core = _projected_core(found.core, found.second, basis)
         parts = {"u": found.outer, "core": core, "m": x, "n": y, "v": found.inner}
         return {name: part.reshape(shapes[name]).contiguous() for name, part in parts.items()}
 
