@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import decompositions
 from .frontends.program import sketch
-from .ir import Block, Metric, Op, OpKind, Site, Window, window_attributes
+from .ir import Block, Layout, Metric, Op, OpKind, Site, Window, window_attributes
 
 __all__ = [
     "EXAMPLE_AXES",
@@ -25,6 +25,7 @@ __all__ = [
     "matrix_of",
     "optimal_error",
     "random_cnn",
+    "random_factors",
     "random_metric",
     "random_metric_of",
     "random_mlp",
@@ -67,11 +68,7 @@ def applicable(axes: Mapping[str, int], *, by_default: bool = False) -> list[str
     """Names of the decompositions that propose a variant for a weight of these axes; ``by_default``: of those that are
     tried where none are named.
     """
-    names = (
-        decompositions.names()
-        if not by_default
-        else [n for n in decompositions.names() if decompositions.get(n).by_default]
-    )
+    names = [name for name in decompositions.names() if decompositions.get(name).by_default or not by_default]
     return [name for name in names if variants_of(name, axes)]
 
 
@@ -110,6 +107,12 @@ def random_weight_of(axes: Mapping[str, int], *, rank: int | None = None, seed: 
             part = torch.tensordot(mix, part.movedim(k, 0), 1).movedim(0, k)
         parts.append(part)
     return torch.cat(parts)
+
+
+def random_factors(layout: Layout, *, seed: int = 0) -> dict[str, Tensor]:
+    """Normal float64 factors of a layout that has no index factors."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in layout.shapes.items()}
 
 
 def random_metric(
@@ -349,11 +352,9 @@ def _built(op: Op, operands: list[np.ndarray], sizes: Mapping[str, int]) -> np.n
     assert not op.rebuild.pivots
     named, whole = dict(zip(op.inputs, operands, strict=True)), np.zeros(())
     for piece in op.rebuild.pieces:
-        number = {axis: k for k, axis in enumerate(piece.equation.axes)}
-        terms = zip(piece.operands, piece.equation.inputs, strict=True)
-        parts = [([sizes[axis] for axis in t.axes], [number[axis] for axis in t.axes], named[n]) for n, t in terms]
-        flat = [part for shape, axes, array in parts for part in (array.reshape(shape), axes)]
-        whole = whole + np.einsum(*flat, [number[axis] for axis in piece.equation.output.axes])
+        shapes = ([sizes[axis] for axis in term.axes] for term in piece.equation.inputs)
+        arrays = [named[name].reshape(shape) for name, shape in zip(piece.operands, shapes, strict=True)]
+        whole = whole + np.einsum(piece.equation.subscripts(), *arrays)
     whole = whole.reshape(op.rebuild.output.shape(sizes))
     return whole if "g" in sizes else whole[: sizes["o"], : sizes["i"]]
 

@@ -22,6 +22,7 @@ from tdc.testing import (
     applicable,
     assert_close,
     count_macs,
+    random_factors,
     random_weight,
     random_weight_of,
     run_block,
@@ -70,8 +71,7 @@ def fitted(name: str, variant: str, axes: dict[str, int], rank: int, seed: int =
     d = get(name)
     layout = d.layout(axes, {axis: min(rank, full) for axis, full in d.full_ranks(axes, variant).items()}, variant)
     if d.estimates:
-        generator = torch.Generator().manual_seed(seed)
-        return layout, {n: torch.randn(s, generator=generator).double() for n, s in layout.shapes.items()}
+        return layout, random_factors(layout, seed=seed)
     return layout, d.fit(random_weight_of(axes, seed=seed), layout, Metric("weight"))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import tdc
 from tdc import decompositions
 from tdc.ir import Metric, Plan
+from tdc.testing import random_factors
 from tdc.torch_backend import tdc_backend
 
 pytestmark = pytest.mark.usefixtures("dynamo")
@@ -125,10 +126,7 @@ def test_a_format(name: str, kind: str, variant: str, folder: Path) -> None:
         assert lost(weight, fitted(name, kind, variant, d.full_ranks(axes, variant), weight)) < 1e-20
     elif points:
         layout = d.layout(axes, points[0], variant)
-        factors = {
-            n: torch.randn(s, generator=torch.Generator().manual_seed(2)).double() for n, s in layout.shapes.items()
-        }
-        built = decompositions.rebuild(factors, layout)
+        built = decompositions.rebuild(random_factors(layout, seed=2), layout)
         assert lost(built, fitted(name, kind, variant, points[0], built)) < 1e-3
     errors = [lost(weight, fitted(name, kind, variant, ranks, weight)) for ranks in points]
     assert all(after <= before + 0.01 for before, after in pairwise(errors))

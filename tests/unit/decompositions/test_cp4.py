@@ -14,7 +14,7 @@ from tdc.decompositions._canonical import canonical
 from tdc.decompositions._sensitivity import columns
 from tdc.decompositions._trains import split_columns, tensor_train, train_to_factors
 from tdc.ir import Metric
-from tdc.testing import EXAMPLE_AXES, random_metric_of, random_weight_of, relative_error
+from tdc.testing import EXAMPLE_AXES, random_factors, random_metric_of, random_weight_of, relative_error
 
 D = decompositions.get("cp4")
 WEIGHT = Metric("weight")
@@ -28,10 +28,9 @@ def metric_of(name: str, axes: dict[str, int]) -> Metric:
 @pytest.mark.parametrize(("kind", "variant", "ranks"), CASES)
 @pytest.mark.parametrize("metric", ["weight", "input"])
 def test_a_weight_of_its_own_format_is_found_again(kind: str, variant: str, ranks: dict[str, int], metric: str) -> None:
-    axes, generator = dict(EXAMPLE_AXES[kind]), torch.Generator().manual_seed(1)
+    axes = dict(EXAMPLE_AXES[kind])
     layout = D.layout(axes, ranks, variant)
-    shapes = layout.shapes.items()
-    weight = rebuild({n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes}, layout)
+    weight = rebuild(random_factors(layout, seed=1), layout)
     found = rebuild(D.fit(weight, layout, metric_of(metric, axes)), layout)
     assert relative_error(weight, found, WEIGHT, axes["g"]) < 1e-6
 

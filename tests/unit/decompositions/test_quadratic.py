@@ -14,7 +14,7 @@ from tdc.decompositions._als import refine
 from tdc.decompositions._contract import contract, macs
 from tdc.decompositions._quadratic import Problem
 from tdc.ir import Layout, Metric, Rebuild
-from tdc.testing import random_metric, random_metric_of, random_weight_of, relative_error
+from tdc.testing import random_factors, random_metric, random_metric_of, random_weight_of, relative_error
 
 LAYOUTS: Mapping[str, tuple[str, dict[str, int]]] = {
     "low-rank": ("o i = u[o r] v[r i]", {"o": 9, "i": 8, "r": 3}),
@@ -36,11 +36,7 @@ def problem_of(kind: str, metric: str) -> tuple[Tensor, Layout, Metric, dict[str
     layout = Layout(Rebuild.parse(text), tuple(sizes.items()))
     axes = {axis: sizes[axis] for axis in ("g", "o", "i", "p") if axis in sizes}
     norm = Metric("weight") if metric == "weight" else random_metric_of(axes)
-    generator = torch.Generator().manual_seed(1)
-    factors = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in layout.shapes.items()
-    }
-    return random_weight_of(axes), layout, norm, factors
+    return random_weight_of(axes), layout, norm, random_factors(layout, seed=1)
 
 
 @pytest.mark.parametrize("limit", [1 << 25, 40])

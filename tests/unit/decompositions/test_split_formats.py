@@ -11,7 +11,7 @@ from torch import Tensor
 from tdc import decompositions
 from tdc.decompositions import Decomposition, Factors, rebuild
 from tdc.ir import Layout, Metric
-from tdc.testing import assert_close, random_metric, random_weight, relative_error
+from tdc.testing import assert_close, random_factors, random_metric, random_weight, relative_error
 
 NAMES = ("hierarchical_tucker", "k_split", "kronecker", "monarch", "residual", "ring", "tt_matrix")
 CASES = [(name, variant) for name in NAMES for variant in decompositions.get(name).equations]
@@ -38,11 +38,7 @@ def anisotropic(columns: int) -> Metric:
 
 def own_weight(layout: Layout) -> Tensor:
     """A weight that the layout holds, of random factors."""
-    generator = torch.Generator().manual_seed(5)
-    factors = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in layout.shapes.items()
-    }
-    return rebuild(factors, layout)
+    return rebuild(random_factors(layout, seed=5), layout)
 
 
 def fitted(d: Decomposition, weight: Tensor, layout: Layout, metric: Metric) -> tuple[Factors, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from tdc import decompositions
 from tdc.decompositions import rebuild
 from tdc.ir import Metric
-from tdc.testing import EXAMPLE_AXES, random_metric_of, random_weight_of, relative_error
+from tdc.testing import EXAMPLE_AXES, random_factors, random_metric_of, random_weight_of, relative_error
 
 D = decompositions.get("tt_conv")
 WEIGHT = Metric("weight")
@@ -25,10 +25,9 @@ def metric_of(name: str, axes: dict[str, int]) -> Metric:
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 @pytest.mark.parametrize("metric", ["weight", "input"])
 def test_a_weight_of_its_own_format_is_found_again(kind: str, variant: str, metric: str) -> None:
-    axes, generator = dict(EXAMPLE_AXES[kind]), torch.Generator().manual_seed(1)
+    axes = dict(EXAMPLE_AXES[kind])
     layout = D.layout(axes, RANKS[variant], variant)
-    shapes = layout.shapes.items()
-    weight = rebuild({n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes}, layout)
+    weight = rebuild(random_factors(layout, seed=1), layout)
     found = rebuild(D.fit(weight, layout, metric_of(metric, axes)), layout)
     assert relative_error(weight, found, WEIGHT, axes["g"]) < 1e-20
 
