@@ -37,6 +37,8 @@ from tdc.measure import interleaved
 NAME = "formats"
 KEYS = ("model", "format", "budget")
 BUDGETS = {"vgg11": ("params=0.5", "params=0.2", "params=0.1"), "minilm": ("params=0.8", "params=0.6", "params=0.4")}
+LONGEST = 600
+"""Seconds after which a fit is stopped."""
 SIZES = {"linear": {"o": 4096, "i": 4096}, "conv": {"g": 1, "o": 512, "i": 512, "p": 3, "q": 3}}
 
 
@@ -63,33 +65,39 @@ def main() -> None:
 def models(name: str, formats: list[str], budgets: list[str] | tuple[str, ...]) -> None:
     case: Vgg11 | MiniLM = Vgg11() if name == "vgg11" else MiniLM()
     for format_name in formats:
-        for budget in budgets:
+        start = time.perf_counter()
+        try:
+            front = tdc.pareto(
+                case.model,
+                case.example,
+                budgets=budgets,
+                statistics=case.statistics,
+                allow=format_name,
+                progress=False,
+            )
+        except tdc.TdcError as error:
+            add({"model": name, "format": format_name, "budget": budgets[0], "note": str(error)[:200]})
+            continue
+        planned = time.perf_counter() - start
+        for remark in front.remarks:
+            print(format_name, remark, flush=True)
+        for plan in front:
             start = time.perf_counter()
-            try:
-                small = tdc.compress(
-                    case.model,
-                    case.example,
-                    budget=budget,
-                    statistics=case.statistics,
-                    allow=format_name,
-                    progress=False,
-                )
-            except tdc.TdcError as error:
-                add({"model": name, "format": format_name, "budget": budget, "note": str(error)[:200]})
-                continue
-            taken = time.perf_counter() - start
+            small = tdc.compress(case.model, case.example, plan=plan, statistics=case.statistics, progress=False)
+            fitted = time.perf_counter() - start
             report = tdc.report(small)
             ran = [site.decomposition for site in report.sites if site.decomposition != DENSE]
             add(
                 {
                     "model": name,
                     "format": format_name,
-                    "budget": budget,
+                    "budget": plan.budget,
                     "sites": report.replaced,
                     "params kept": f"{report.after.params / report.before.params:.4f}",
                     "macs kept": f"{report.after.macs / report.before.macs:.4f}",
                     **case.measured(small),
-                    "seconds to plan and fit": f"{taken:.0f}",
+                    "plan s": f"{planned:.0f}",
+                    "fit s": f"{fitted:.0f}",
                     "chosen": " ".join(f"{n}:{ran.count(n)}" for n in sorted(set(ran))),
                 }
             )
@@ -160,9 +168,12 @@ def memory(formats: list[str] | tuple[str, ...]) -> None:
             for variant in decompositions.get(name).variants(axes):
                 for metric in ("weight", "input"):
                     command = [sys.executable, __file__, "memory", "--fit", f"{name}/{variant}", kind, metric]
-                    run = subprocess.run(command, capture_output=True, text=True)
                     label = {"model": f"fit of {kind} {'x'.join(str(n) for n in axes.values())}", "budget": metric}
-                    found = json.loads(run.stdout) if run.returncode == 0 else {"note": run.stderr[-200:]}
+                    try:
+                        run = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
+                        found = json.loads(run.stdout) if run.returncode == 0 else {"note": run.stderr[-200:]}
+                    except subprocess.TimeoutExpired:
+                        found = {"note": f"stopped after {LONGEST} s"}
                     add({**label, "format": f"{name}/{variant}" if variant else name, **found})
 
 

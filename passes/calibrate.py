@@ -10,12 +10,22 @@ from typing import Any
 
 from torch import Tensor
 
-from tdc.decompositions import bias_shift, low_rank
+from tdc.decompositions import bias_shift, optimum
 from tdc.errors import CalibrationError, OptionError
 from tdc.frontends.program import Change, head, is_usable
 from tdc.ir import Remark, Site
 from tdc.progress import track
-from tdc.statistics import WIDEST, Collector, Moments, SiteStatistics, Statistics, divergence
+from tdc.statistics import (
+    WIDEST,
+    Collector,
+    Gradients,
+    Moments,
+    Probe,
+    SiteStatistics,
+    Statistics,
+    divergence,
+    logits_among,
+)
 
 from .base import Pass, Unit
 
@@ -31,11 +41,12 @@ _FEW_ROWS = 20
 class Calibrate(Pass):
     """Runs the dense model on the calibration batches, unless the unit has statistics or needs none.
 
-    For each site: ``S = E[x x^T]`` and ``E[x]`` of its input (of a convolution, of the patches under its window), in
-    one run over all batches. Then the sensitivity, by forward runs only. The site's weight alone is replaced by its
-    low-rank optimum of relative squared error e near 0.03 in the input metric, and ``sensitivity = divergence(outputs)
-    / e`` (see :func:`tdc.statistics.divergence`) on the probe batches: the given ones, or the first eight examples of
-    the first calibration batch. Uniform weights are worse than no allocation.
+    For each site: ``S = E[x x^T]`` and ``E[x]`` of its input (of a convolution, of the patches under its window), and
+    where the door can run backwards ``G = E[g g^T]`` of the gradients of its output (see
+    :class:`tdc.statistics.Probe`), in one run over all batches. Then the sensitivity, by forward runs only. The site's
+    weight alone is replaced by its low-rank optimum of relative squared error e near 0.03 in the metric, and
+    ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the probe batches: the given
+    ones, or the first eight examples of the first calibration batch. Uniform weights are worse than no allocation.
     """
 
     name = "calibrate"
@@ -44,9 +55,14 @@ class Calibrate(Pass):
         if unit.statistics is None and unit.calibration is not None and unit.sites:
             unit = unit.having(statistics=_gather(unit))
         if unit.statistics is None:
-            if unit.options.metric == "input" and unit.plan is None:
-                raise OptionError("metric='input' needs calibration= or statistics=")
+            if unit.options.metric in ("input", "fisher") and unit.plan is None:
+                raise OptionError(f"metric={unit.options.metric!r} needs calibration= or statistics=")
             return unit
+        if unit.options.metric == "fisher" and unit.plan is None and not unit.statistics.gradients:
+            reasons = "; ".join(r.reason for r in unit.statistics.remarks if "gradients" in r.reason)
+            raise OptionError(
+                f"metric='fisher' cannot be had: {reasons or 'these statistics have no output gradients'}"
+            )
         return _covered(unit.remarking(*unit.statistics.remarks))
 
 
@@ -65,7 +81,7 @@ def _covered(unit: Unit) -> Unit:
 
 
 def _gather(unit: Unit) -> Statistics:
-    collector, first, batches = _observe(unit)
+    collector, first, batches, backwards = _observe(unit)
     seen = [site for site in unit.sites if site.order in collector.group]
     remarks = [
         Remark(site.name, "calibrate", "the calibration data never reaches it")
@@ -76,12 +92,17 @@ def _gather(unit: Unit) -> Statistics:
     sums = [collector.moments[group] for group in groups]
     place = {site.order: groups.index(collector.group[site.order]) for site in seen}
     remarks += _doubts(seen, sums, place)
+    if backwards.failed:
+        remarks.append(
+            Remark("", "calibrate", f"no output gradients, the metric is that of the inputs: {backwards.failed}")
+        )
     stored = [_stored(s, site) for s, site in ((sums[k], _first(seen, place, k)) for k in range(len(sums)))]
     moments, means = tuple(moment for moment, _ in stored), tuple(mean for _, mean in stored)
     probe = list(unit.program.batches(unit.probe)) if unit.probe is not None else []
     entries = tuple(_entry(site, place[site.order], sums[place[site.order]], collector) for site in seen)
-    gathered = Statistics(entries, moments, means, batches, tuple(remarks))
-    weights = _sensitivities(unit, gathered, probe or _short(unit, first))
+    entries, gradients = backwards.kept(entries)
+    gathered = Statistics(entries, moments, means, batches, tuple(remarks), gradients)
+    weights = _sensitivities(unit, gathered, probe or _short(unit, first), backwards.logits)
     silent = [entry.site for entry, weight in zip(entries, weights, strict=True) if weight == 0]
     usual = statistics.median([weight for weight in weights if weight > 0] or [1.0])
     entries = tuple(replace(entry, sensitivity=w or usual) for entry, w in zip(entries, weights, strict=True))
@@ -107,9 +128,45 @@ def _entry(site: Site, place: int, sums: Moments, collector: Collector) -> SiteS
     return SiteStatistics(site, place, sums.rows, 1.0, side, sums.seen, lengths)
 
 
-def _observe(unit: Unit) -> tuple[Collector, Any, int]:
-    """Sums over all batches, the first batch with entries that are all finite, and how many batches there were."""
+@dataclass
+class _Backwards:
+    """Gathers output gradients batch by batch, until the program says that it cannot."""
+
+    unit: Unit
+    gradients: Gradients
+    logits: str | None = None
+    failed: str = ""
+    count: int = 0
+
+    @property
+    def wanted(self) -> bool:
+        return self.unit.options.metric in ("auto", "fisher") and not self.failed
+
+    def add(self, batch: Any) -> None:
+        if self.count == 0:
+            self.logits = logits_among(self.unit.program.outputs(batch, {}))
+        self.count += 1
+        if self.wanted:
+            loss = Probe(self.logits, self.unit.options.seed + self.count)
+            self.failed = self.unit.program.gradients(batch, self.unit.sites, loss, self.gradients.tap)
+
+    def kept(self, entries: Sequence[SiteStatistics]) -> tuple[tuple[SiteStatistics, ...], tuple[Tensor, ...]]:
+        """The entries with the places of their gradients, and those; none if it failed on the way."""
+        sums = {} if self.failed else {o: s for o, s in self.gradients.sums.items() if s.rows}
+        orders = [entry.site.order for entry in entries if entry.site.order in sums]
+        found = [(sums[order].total / sums[order].rows).float() for order in orders]
+        conv = {entry.site.order: entry.site.kind.is_conv for entry in entries}
+        stored = tuple(g if conv[order] else g[0] for order, g in zip(orders, found, strict=True))
+        places = {order: k for k, order in enumerate(orders)}
+        return tuple(replace(entry, gradient=places.get(entry.site.order)) for entry in entries), stored
+
+
+def _observe(unit: Unit) -> tuple[Collector, Any, int, _Backwards]:
+    """Sums over all batches, the first batch with entries that are all finite, how many batches there were, and the
+    output gradients.
+    """
     collector, first, count = Collector(unit.program.weight), None, 0
+    backwards = _Backwards(unit, Gradients())
     try:
         length = len(unit.calibration)
     except (TypeError, NotImplementedError):  # onnxruntime's CalibrationDataReader has a length that raises
@@ -118,7 +175,9 @@ def _observe(unit: Unit) -> tuple[Collector, Any, int]:
     for batch in track(batches, "calibrating", total=length, show=unit.options.progress):
         unit.program.observe(batch, unit.sites, collector.tap)
         collector.end_batch()
-        first = batch if first is None and is_usable(batch) else first
+        if is_usable(batch):
+            first = batch if first is None else first
+            backwards.add(batch)
         count += 1
     if count == 0:
         raise CalibrationError("the calibration data is empty: it gave no batch")
@@ -126,7 +185,7 @@ def _observe(unit: Unit) -> tuple[Collector, Any, int]:
         raise CalibrationError("no calibration batch has entries that are all finite")
     if any(sums.rows == 0 for sums in collector.moments):
         raise CalibrationError("the calibration data gives no finite activation row for some site")
-    return collector, first, count
+    return collector, first, count, backwards
 
 
 def _doubts(seen: Sequence[Site], sums: Sequence[Moments], place: Mapping[int, int]) -> list[Remark]:
@@ -164,7 +223,7 @@ def _short(unit: Unit, batch: Any) -> list[Any]:
     return [short]
 
 
-def _sensitivities(unit: Unit, gathered: Statistics, probe: Sequence[Any]) -> list[float]:
+def _sensitivities(unit: Unit, gathered: Statistics, probe: Sequence[Any], logits: str | None) -> list[float]:
     """``divergence / e`` with one site at a time replaced by its optimum of relative squared error e near
     PROBE_ERROR.
     """
@@ -174,8 +233,8 @@ def _sensitivities(unit: Unit, gathered: Statistics, probe: Sequence[Any]) -> li
         site = entry.site
         weight = unit.program.weight(site)
         double = weight.double()
-        metric = gathered.metric(entry, double)
-        best = low_rank(double, metric, site.matrix[0])
+        metric = gathered.metric(entry, double, gathered.metric_name)
+        best = optimum(double, metric, site.matrix[0])
         rank = _probe_rank(best.tail)
         if rank is None:
             found.append(0.0)
@@ -183,7 +242,7 @@ def _sensitivities(unit: Unit, gathered: Statistics, probe: Sequence[Any]) -> li
         moved = best.approximation(rank).reshape(weight.shape)
         change_of_site = Change(moved.to(weight.dtype), bias_shift(double - moved, metric))
         changes = [
-            divergence(reference, unit.program.outputs(batch, {site.order: change_of_site}))
+            divergence(reference, unit.program.outputs(batch, {site.order: change_of_site}), logits)
             for batch, reference in zip(probe, references, strict=True)
         ]
         change = sum(changes) / len(changes)

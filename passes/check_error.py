@@ -77,7 +77,9 @@ class CheckError(Pass):
 
 def _relative(weight: Tensor, rebuilt: Tensor, metric: Metric, site: Site) -> float:
     """The metric of ``W - W_hat`` as a fraction of the mean square of ``W x``; 0 if both vanish."""
-    dense, new = (w.reshape(*site.matrix) for w in (weight, rebuilt))
+    whole, part = (decompositions.whitened(w, metric) for w in (weight, rebuilt))
+    dense, new = (w.weight.reshape(*site.matrix) for w in (whole, part))
+    metric = whole.metric
     if metric.output_moment is not None:
         lost = _projection_error(dense, new, metric.output_moment)
     else:
@@ -85,10 +87,10 @@ def _relative(weight: Tensor, rebuilt: Tensor, metric: Metric, site: Site) -> fl
         if metric.second_moment is not None:
             product = product @ metric.second_moment.reshape(-1, dense.shape[2], dense.shape[2])
         lost = max(float((product * (dense - new)).sum()), 0.0)
-    whole = decompositions.energy(dense, metric)
-    if whole <= 0:
+    energy = decompositions.energy(dense, metric)
+    if energy <= 0:
         return 0.0 if lost == 0 else float("inf")
-    return lost / whole
+    return lost / energy
 
 
 def _optimism(choice: Candidate, layout: Layout, entry: SiteStatistics | None) -> float:

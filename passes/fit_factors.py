@@ -43,7 +43,7 @@ class FitFactors(Pass):
             layout, _ = lowered(unit.target, choice)
             double = weight.double()
             metric = metric_of(unit, site, known.get(site.order), double)
-            fitted = decompositions.get(choice.decomposition).fit(double, layout, metric)
+            fitted = decompositions.fit(decompositions.get(choice.decomposition), double, layout, metric)
             stored = {k: f.to(weight.dtype).contiguous() if f.is_floating_point() else f for k, f in fitted.items()}
             if all(bool(torch.isfinite(f).all()) for f in stored.values()):
                 factors[site.order] = stored

@@ -23,16 +23,11 @@ from .lower_blocks import LowerBlocks
 from .propose_layouts import ProposeLayouts
 from .rewrite_graph import RewriteGraph
 
-__all__ = ["APPLYING", "COMPRESSING", "PLANNING", "REALIZING", "Pipeline"]
+__all__ = ["APPLYING", "CHOOSING", "COMPRESSING", "PLANNING", "PROPOSING", "REALIZING", "Pipeline"]
 
-PLANNING: tuple[Pass, ...] = (
-    FindSites(),
-    GroupSites(),
-    Calibrate(),
-    ProposeLayouts(),
-    ChoosePlan(),
-    FoldPermutations(),
-)
+PROPOSING: tuple[Pass, ...] = (FindSites(), GroupSites(), Calibrate(), ProposeLayouts())
+CHOOSING: tuple[Pass, ...] = (ChoosePlan(), FoldPermutations())
+PLANNING = PROPOSING + CHOOSING
 REALIZING: tuple[Pass, ...] = (FitFactors(), CheckError(), LowerBlocks(), RewriteGraph())
 COMPRESSING = PLANNING + REALIZING
 APPLYING = (FindSites(), GroupSites(), Calibrate(), BindPlan(), FoldPermutations(), *REALIZING)

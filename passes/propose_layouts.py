@@ -62,21 +62,22 @@ def _allowed(names: Sequence[str]) -> list[decompositions.Decomposition]:
 
 
 def metric_of(unit: Unit, site: Site, entry: SiteStatistics | None, weight: Tensor, *, fitting: bool = True) -> Metric:
-    """The metric of one site: ``input`` where the unit uses statistics and has some of this site, else ``weight``, with
-    the gain of a normalisation in front folded into the weight.
+    """The metric of one site: the unit's where it uses statistics and has some of this site, else ``weight``, with the
+    gain of a normalisation in front folded into the weight.
     """
-    if metric_name(unit) == "weight" or entry is None or unit.statistics is None:
+    name = metric_name(unit)
+    if name == "weight" or entry is None or unit.statistics is None:
         gain = unit.program.gain(site)
         return Metric("weight", None if gain is None else torch.diag(gain.double().square()))
-    return unit.statistics.metric(entry, weight, fitting=fitting)
+    return unit.statistics.metric(entry, weight, name, fitting=fitting)
 
 
 def metric_name(unit: Unit) -> str:
-    """The metric of the unit's plan, or of its options: ``auto`` is ``input`` where there are statistics."""
+    """The metric of the unit's plan, or of its options: ``auto`` is the best that the statistics serve."""
     if unit.plan is not None:
         return unit.plan.metric
     if unit.options.metric == "auto":
-        return "input" if unit.statistics is not None else "weight"
+        return unit.statistics.metric_name if unit.statistics is not None else "weight"
     return unit.options.metric
 
 
@@ -179,7 +180,8 @@ def _points(
     bare = replace(dense, decomposition=decomposition.name, variant=variant)
     points = [_executed(unit, replace(bare, ranks=tuple(ranks.items())), work) for ranks in lattice]
     useful = [k for k, point in enumerate(points) if isinstance(point, Candidate)]
-    errors = decomposition.errors(weight, site.axes, metric, [lattice[k] for k in useful], variant)
+    chosen = [lattice[k] for k in useful]
+    errors = decompositions.errors(decomposition, weight, site.axes, metric, chosen, variant)
     for k, error in zip(useful, errors, strict=True):
         point = points[k]
         assert isinstance(point, Candidate)

@@ -11,7 +11,18 @@ from ._clash import check as _check
 _check()
 
 from ._doors import refresh, wait  # noqa: E402
-from .api import calibrate, compress, compress_export, compress_onnx, densify, load, plan, report, save  # noqa: E402
+from .api import (  # noqa: E402
+    calibrate,
+    compress,
+    compress_export,
+    compress_onnx,
+    densify,
+    load,
+    pareto,
+    plan,
+    report,
+    save,
+)
 from .errors import (  # noqa: E402
     BudgetError,
     CalibrationError,
@@ -22,6 +33,7 @@ from .errors import (  # noqa: E402
     TdcError,
     VerificationError,
 )
+from .front import Front  # noqa: E402
 from .frontends.nn import FactoredConv, FactoredLinear  # noqa: E402
 from .ir import Plan  # noqa: E402
 from .report import Report  # noqa: E402
@@ -35,6 +47,7 @@ __all__ = [
     "DestinationError",
     "FactoredConv",
     "FactoredLinear",
+    "Front",
     "ModelError",
     "OptionError",
     "Plan",
@@ -49,6 +62,7 @@ __all__ = [
     "compress_onnx",
     "densify",
     "load",
+    "pareto",
     "plan",
     "refresh",
     "report",

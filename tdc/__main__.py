@@ -20,6 +20,8 @@ from typing import Any  # noqa: E402
 
 __all__ = ["main"]
 
+_BUDGET = "what may stay, e.g. params=0.5 or params=0.5,macs=0.6"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -91,14 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="decide and print, cut nothing")
     plan.add_argument("model", help="an ONNX file")
     plan.add_argument("-o", "--output", help="write the plan to this file (JSON)")
-    _deciding(plan, required=True)
+    budget = plan.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--pareto", action="store_true", help="a table of plans that keep 0.9 to 0.1 of the parameters")
+    budget.add_argument("--budget", help=_BUDGET)
+    _deciding(plan)
     plan.set_defaults(run=_plan)
 
     compress = commands.add_parser("compress", help="write a smaller ONNX file")
     compress.add_argument("model", help="an ONNX file")
     compress.add_argument("destination", help="the file to write")
     compress.add_argument("--plan", help="apply this plan file instead of a budget")
-    _deciding(compress, required=False)
+    compress.add_argument("--budget", help=_BUDGET)
+    _deciding(compress)
     compress.set_defaults(run=_compress)
 
     calibrate = commands.add_parser("calibrate", help="gather statistics for plan and compress")
@@ -139,8 +145,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _deciding(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--budget", required=required, help="what may stay, e.g. params=0.5 or params=0.5,macs=0.6")
+def _deciding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="DATA", help="an .npz file or a folder of them, arrays named as the inputs"
     )
@@ -162,12 +167,20 @@ def _keywords(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .api import plan
+    from .api import pareto, plan
+    from .errors import OptionError
     from .files import atomic_write
 
+    keywords = _keywords(options)
+    if options.pareto:
+        if options.output:
+            raise OptionError("--pareto prints several plans: give --budget for the one to write")
+        del keywords["budget"]
+        print(_visible(str(pareto(options.model, **keywords))))
+        return
     if options.output:
         _check_output(options.output, options.model, options.statistics, options.calibration)
-    made = plan(options.model, **_keywords(options))
+    made = plan(options.model, **keywords)
     if options.output:
         atomic_write(options.output, made.to_json().encode())
     print(_visible(str(made)))

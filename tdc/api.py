@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,15 +14,17 @@ from torch import nn
 from . import targets
 from ._common import Names, checked_options, new_unit, peeked, realized, reported
 from .archive import RECORD, load, note_in_config, save, stored_report
-from .errors import DestinationError, ModelError, OptionError
+from .errors import BudgetError, DestinationError, ModelError, OptionError
+from .front import Front
 from .frontends.nn import Factored, NnProgram
-from .ir import Plan
+from .ir import Plan, Remark
 from .options import Options
 from .passes.base import Unit
 from .passes.calibrate import Calibrate
+from .passes.choose_plan import ChoosePlan
 from .passes.find_sites import FindSites
 from .passes.group_sites import GroupSites
-from .passes.pipeline import PLANNING, Pipeline
+from .passes.pipeline import CHOOSING, PLANNING, PROPOSING, Pipeline
 from .report import Report
 from .statistics import Statistics
 
@@ -30,7 +33,20 @@ if TYPE_CHECKING:
 
     from .frontends.program import Program
 
-__all__ = ["calibrate", "compress", "compress_export", "compress_onnx", "densify", "load", "plan", "report", "save"]
+__all__ = [
+    "calibrate",
+    "compress",
+    "compress_export",
+    "compress_onnx",
+    "densify",
+    "load",
+    "pareto",
+    "plan",
+    "report",
+    "save",
+]
+
+BUDGETS = tuple(f"params={tenths / 10}" for tenths in range(9, 0, -1))
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,6 +56,7 @@ def calibrate(
     batches: Any,
     *,
     probe: Any = None,
+    metric: str = "auto",
     exclude: Names = (),
     seed: int = 0,
     progress: bool = True,
@@ -47,8 +64,9 @@ def calibrate(
     """Gather the statistics of a model's sites: reusable for any budget, savable, the same for every door.
 
     Runs the dense model over ``batches`` and accumulates, for every distinct input of sites, ``S = E[x x^T]`` (i, i)
-    and ``E[x]`` (i), of convolutions those of the patches under the window; then measures each site's sensitivity by
-    forward runs with that site alone approximated.
+    and ``E[x]`` (i), of convolutions those of the patches under the window, and where the model can run backwards
+    ``G = E[g g^T]`` (o, o) of the gradients of each site's output; then measures each site's sensitivity by forward
+    runs with that site alone approximated.
 
     Args:
         model: a module, or the path of an ONNX file.
@@ -58,8 +76,10 @@ def calibrate(
         probe: batches for the sensitivities; default the first eight examples of the first batch. Time: one forward
         run per
             site and probe batch.
+        metric: ``auto`` or ``fisher``: with output gradients, of a loss whose labels (or directions, where the outputs
+            are no logits) are drawn at random; ``input``: without, in half of the time.
         exclude: names or shell patterns of sites to leave out.
-        seed: recorded; nothing here is random.
+        seed: of the labels or directions.
         progress: show a bar on work over two seconds.
 
     Returns:
@@ -71,7 +91,7 @@ def calibrate(
     """
     example, batches = peeked(None, batches)
     program = _open(model, example)
-    options = Options(exclude=Options.names(exclude, "exclude"), seed=seed, progress=progress)
+    options = Options(metric=metric, exclude=Options.names(exclude, "exclude"), seed=seed, progress=progress)
     unit = Unit(program, targets.get("auto"), options, calibration=batches, probe=probe)
     unit = Pipeline((FindSites(), GroupSites(), Calibrate())).run(unit)
     if unit.statistics is None:
@@ -111,6 +131,52 @@ def plan(
     return made
 
 
+def pareto(
+    model: nn.Module | str | Path,
+    example_inputs: Any = None,
+    *,
+    budgets: Iterable[object] = BUDGETS,
+    calibration: Any = None,
+    statistics: Statistics | str | Path | None = None,
+    metric: str = "auto",
+    target: str = "auto",
+    allow: Names = None,
+    exclude: Names = (),
+    allocation: str = "lagrangian",
+    probe: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Front:
+    """The plans for several budgets, with the loss that each is predicted to cause; layouts are proposed once for all.
+
+    ``compress(model, plan=front[k])`` cuts one of them. Arguments as for :func:`compress`; ``budgets``: by default
+    nine, that keep nine to one tenths of the parameters. A budget that cannot be reached is left out, with a remark.
+
+    Raises:
+        BudgetError: a budget that cannot be read, no budget, or none that can be reached.
+        CalibrationError, ModelError, OptionError: as for :func:`compress`.
+    """
+    wanted = [budgets] if isinstance(budgets, (str, Mapping)) else list(budgets)
+    if not wanted:
+        raise BudgetError("budgets is empty: name at least one, for example 'params=0.5'")
+    example, calibration = peeked(example_inputs, calibration)
+    each = [checked_options(b, metric, target, allow, exclude, allocation, seed, progress) for b in wanted]
+    unit = Pipeline(PROPOSING).run(new_unit(_open(model, example), each[0], calibration, statistics, probe))
+    plans, refused = [], []
+    for options in each:
+        try:
+            made = Pipeline(CHOOSING).run(unit.having(options=options)).plan
+        except BudgetError as error:
+            refused.append(Remark("", ChoosePlan.name, str(error)))
+            continue
+        assert made is not None
+        plans.append(made)
+    if not plans:
+        raise BudgetError("; ".join(remark.reason for remark in refused))
+    plans.sort(key=lambda made: (-made.cost.params, made.loss))
+    return Front(tuple(plans), tuple(refused))
+
+
 def compress(
     model: M,
     example_inputs: Any = None,
@@ -137,8 +203,8 @@ def compress(
         budget: what may stay, as fractions of the dense cost of the candidate sites: ``"params=0.5"``, or several,
             ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs.
         calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
-        metric: norm of the error: ``weight`` (Frobenius, needs no data), ``input`` (mean squared error of the layer's
-            output on the calibration data), or ``auto``: input where there is data.
+        metric: norm of the error: ``weight`` (Frobenius, no data), ``input`` (mean squared error of the layer's output
+            on the data), ``fisher`` (weighted by the gradients of the model's loss in it), ``auto``: the best possible.
         target: the machine, see ``tdc list targets``.
         plan: a Plan, or the path of a plan file, to apply instead of a budget.
         allow: names of the decompositions to choose from, or ``all``; default as ``tdc list decompositions`` says.

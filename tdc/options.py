@@ -10,12 +10,13 @@ from .errors import OptionError
 __all__ = ["ALLOCATIONS", "Options"]
 
 ALLOCATIONS = ("lagrangian", "uniform")
+METRICS = ("auto", "weight", "input", "fisher")
 
 
 @dataclass(frozen=True)
 class Options:
-    """``metric``: weight, input, or auto (input where there are statistics). ``allow``: names of decompositions, ()
-    for all.
+    """``metric``: weight, input, fisher, or auto (the best that the statistics serve). ``allow``: names of
+    decompositions, () for all.
 
     ``exclude``: site names or shell patterns that stay dense. ``allocation``: lagrangian, or uniform (every site
     keeps the same fraction, rank rounded down to an integer).
@@ -31,8 +32,8 @@ class Options:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.metric not in ("auto", "weight", "input"):
-            raise OptionError(f"unknown metric {self.metric!r}. Known: auto, weight, input")
+        if self.metric not in METRICS:
+            raise OptionError(f"unknown metric {self.metric!r}. Known: {', '.join(METRICS)}")
         if self.allocation not in ALLOCATIONS:
             raise OptionError(f"unknown allocation {self.allocation!r}. Known: {', '.join(ALLOCATIONS)}")
         if not isinstance(self.seed, int):

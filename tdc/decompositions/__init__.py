@@ -13,20 +13,26 @@ from inspect import isabstract
 from ..errors import OptionError
 from ._als import AlternatingDecomposition, refine
 from ._linalg import bias_shift, energy, low_rank
+from ._output import absorbs, errors, fit, optimum, whitened
 from .base import Decomposition, Factors, cancellation, rebuild
 
 __all__ = [
     "AlternatingDecomposition",
     "Decomposition",
     "Factors",
+    "absorbs",
     "bias_shift",
     "cancellation",
     "energy",
+    "errors",
+    "fit",
     "get",
     "low_rank",
     "names",
+    "optimum",
     "rebuild",
     "refine",
+    "whitened",
 ]
 
 

@@ -16,7 +16,7 @@ __all__ = ["Named", "contract", "macs"]
 Named = tuple[Tensor, tuple[str, ...]]
 """A tensor and the names of its axes. Equal names are multiplied, and summed where the result lacks them."""
 
-_LARGEST = 1 << 25
+_LARGEST = 1 << 24
 _CHUNKS = (4, 16, 64)
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -35,7 +35,7 @@ class _Plan:
 def contract(operands: Sequence[Named], output: tuple[str, ...]) -> Tensor:
     """The product of the operands with the axes ``output``.
 
-    No intermediate result has more than 2^25 entries, if there is such an order: where none is as cheap, the product
+    No intermediate result has more than 2^24 entries, if there is such an order: where none is as cheap, the product
     is made in slices along one axis of the result.
     """
     text, shapes = _written([(axes, tuple(value.shape)) for value, axes in operands], output)

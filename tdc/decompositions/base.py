@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ir import Layout, Metric, Pivot, Rebuild, Term
 
-__all__ = ["Decomposition", "Factors", "cancellation", "rebuild"]
+__all__ = ["Decomposition", "Factors", "cancellation", "rebuild", "whole_factor"]
 
 Factors = dict[str, Tensor]
 
@@ -135,7 +135,7 @@ def rebuild(factors: Factors, layout: Layout) -> Tensor:
     parts = []
     for piece in shape.pieces:
         operands = [
-            _whole(factors, shape.pivots.get(name), name, term, axes)
+            whole_factor(factors, shape.pivots.get(name), name, term, axes)
             for name, term in zip(piece.operands, piece.equation.inputs, strict=True)
         ]
         parts.append(torch.einsum(piece.equation.subscripts(), *operands).reshape(shape.output.shape(axes)))
@@ -154,7 +154,7 @@ def cancellation(factors: Factors, layout: Layout) -> float:
     return float(rebuild(sizes, layout).norm()) / norm if norm > 0 else 1.0
 
 
-def _whole(factors: Factors, pivot: Pivot | None, name: str, term: Term, axes: Mapping[str, int]) -> Tensor:
+def whole_factor(factors: Factors, pivot: Pivot | None, name: str, term: Term, axes: Mapping[str, int]) -> Tensor:
     """One factor with every axis of its term apart, the identity block of a pivoted one put in its place."""
     stored = factors[name]
     if pivot is None:

@@ -5,7 +5,7 @@ Shared by the frontends whose models become such graphs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "operator",
     "pointwise_reader",
     "reads",
+    "run_backward",
 ]
 
 _POINTWISE = frozenset(
@@ -193,3 +194,16 @@ def floating_outputs(output: Any, name: str = "output") -> dict[str, Tensor]:
     for key, value in pairs:
         found |= floating_outputs(value, key)
     return found
+
+
+def run_backward(loss: Callable[[Mapping[str, Tensor]], Tensor], outputs: Mapping[str, Tensor]) -> str:
+    """Backwards from a loss of the outputs; why it cannot be done, '' where it was."""
+    reached = {name: values for name, values in outputs.items() if values.requires_grad}
+    if not reached:
+        return "no output of the model has a gradient"
+    try:
+        loss(reached).backward()
+    except RuntimeError as error:
+        first = (str(error).strip().splitlines() or [""])[0][:160]
+        return f"the model cannot run backwards: {first}"
+    return ""

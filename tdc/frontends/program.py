@@ -80,6 +80,15 @@ class Program(Protocol):
         CalibrationError if the model cannot run on the batch.
         """
 
+    def gradients(
+        self, batch: Any, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
+    ) -> str:
+        """Run the dense model on one batch forwards and backwards, and hand the gradient of ``loss(outputs)`` in every
+        use's output to ``tap``, that behind the normalisation where one is folded into the site.
+
+        Returns why it cannot be done; '' where it was. Raises CalibrationError if the model cannot run on the batch.
+        """
+
     def outputs(self, batch: Any, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         """Floating outputs by name, with the weights of some sites (by ``site.order``) replaced for this run."""
 

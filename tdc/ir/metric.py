@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Metric"]
 
-METRICS = ("weight", "input")
+METRICS = ("weight", "input", "fisher")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +24,19 @@ class Metric:
       window. Where the site has a bias, it takes up the mean of the error, ``b_hat = b + D E[x]``, and S is the
       covariance ``E[x x^T] - E[x] E[x]^T``; ``mean`` is ``E[x]`` then, and None otherwise.
 
-    Relative errors are fractions of ``E ||W x||^2 = tr(W S W^T) + ||W mean||^2``.
+    * ``fisher``: ``tr(G D S D^T)``, with ``G = E[g g^T]`` over the gradients g of the loss in the site's outputs,
+      damped: the second-order estimate of what the model's outputs change by (K-FAC: Martens and Grosse 2015).
+
+    Relative errors are fractions of the metric's value for ``D = W``, with the mean's part: in ``input`` of
+    ``E ||W x||^2 = tr(W S W^T) + ||W mean||^2``.
 
     ``second_moment``: S, (i, i) for ``linear``, (g, n, n) for convolutions, float64. For very wide inputs it is None,
     and ``output_moment`` (g, o, o) is ``W S W^T`` instead: enough for what projects the outputs, and for nothing else.
+    ``gradient``: G, (o, o) for ``linear``, (g, o, o) for convolutions, float64 and positive definite; None for I.
     """
 
     name: str
     second_moment: Tensor | None = None
     mean: Tensor | None = None
     output_moment: Tensor | None = None
+    gradient: Tensor | None = None

@@ -113,6 +113,13 @@ class Plan:
         """Cost of the candidate sites before."""
         return sum((candidate.dense_cost for candidate in self.choices), Cost(0, 0, 0))
 
+    @property
+    def loss(self) -> float:
+        """The change of the model's output that is predicted, ``sum_s sensitivity_s error_s`` over the sites; without
+        sensitivities the sum of the relative errors.
+        """
+        return sum(candidate.sensitivity * candidate.error for candidate in self.choices)
+
     def to_json(self) -> str:
         """The plan as a JSON text: keys in a fixed order, one site a line; equal plans of one door give equal bytes."""
         head: dict[str, Any] = {"format": _FORMAT, "version": PLAN_VERSION}

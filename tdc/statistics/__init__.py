@@ -1,7 +1,19 @@
 """What calibration gathers: second moments of inputs, and how much each site's error moves the model's output."""
 
-from .divergence import divergence
-from .moments import WIDEST, Collector, Moments
-from .store import SiteStatistics, Statistics, shrunk
+from .divergence import Probe, divergence, logits_among
+from .moments import WIDEST, Collector, Gradients, Moments
+from .store import SiteStatistics, Statistics, damped, shrunk
 
-__all__ = ["WIDEST", "Collector", "Moments", "SiteStatistics", "Statistics", "divergence", "shrunk"]
+__all__ = [
+    "WIDEST",
+    "Collector",
+    "Gradients",
+    "Moments",
+    "Probe",
+    "SiteStatistics",
+    "Statistics",
+    "damped",
+    "divergence",
+    "logits_among",
+    "shrunk",
+]

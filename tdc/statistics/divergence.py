@@ -1,32 +1,75 @@
-"""How far the outputs of a model have moved."""
+"""How far the outputs of a model have moved, and losses whose gradients tell it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
 
-__all__ = ["divergence"]
+__all__ = ["Probe", "divergence", "logits_among"]
 
 LOGITS = "logits"
+_CONFIDENT = 0.5
 
 
-def divergence(reference: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> float:
+def logits_among(outputs: Mapping[str, Tensor]) -> str | None:
+    """The output that holds logits: that named ``logits``; else the only one, where it is (examples, classes) and its
+    softmax is that of a trained classifier, with a highest probability of one half or more on average.
+    """
+    if LOGITS in outputs:
+        return LOGITS
+    if len(outputs) != 1:
+        return None
+    name, values = next(iter(outputs.items()))
+    if values.ndim != 2 or values.shape[1] < 2 or values.shape[0] == 0:
+        return None
+    highest = torch.softmax(values.detach().float(), -1).amax(-1).mean()
+    return name if float(highest) >= _CONFIDENT else None
+
+
+def divergence(reference: Mapping[str, Tensor], moved: Mapping[str, Tensor], logits: str | None = LOGITS) -> float:
     """Change of a model's floating outputs by name.
 
-    Where an output is named ``logits``: the mean Kullback-Leibler divergence ``KL(softmax(ref) || softmax(moved))``
-    in nats over all positions of it alone. Else the mean over outputs of ``||moved - ref||^2 / ||ref||^2``. Raises
-    CalibrationError if there is no floating output.
+    Where there is an output of the name ``logits``: the mean Kullback-Leibler divergence
+    ``KL(softmax(ref) || softmax(moved))`` in nats over all positions of it alone. Else the mean over outputs of
+    ``||moved - ref||^2 / ||ref||^2``. Raises CalibrationError if there is no floating output.
     """
-    if LOGITS in reference:
-        reference, moved = {LOGITS: reference[LOGITS]}, {LOGITS: moved[LOGITS]}
-        return sum(_kl(reference[name], moved[name]) for name in reference)
+    if logits is not None and logits in reference:
+        return _kl(reference[logits], moved[logits])
     if not reference:
         raise CalibrationError("the model has no floating output whose change could be measured")
     return sum(_relative(reference[name], moved[name]) for name in reference) / len(reference)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A loss whose gradients have the second moment by which the divergence grows, to second order.
+
+    Of logits: the cross entropy, summed over positions, with labels that are drawn from the model's own softmax (the
+    Fisher information). Of other outputs: ``sum_k <v_k, y_k> / ||y_k||`` with standard normal v, so that the squared
+    gradients are ``||dy_k||^2 / ||y_k||^2`` in the mean over v (Hutchinson's estimator).
+    """
+
+    logits: str | None
+    seed: int = 0
+
+    def __call__(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.logits is not None and self.logits in outputs:
+            rows = outputs[self.logits].flatten(0, -2).float()
+            probabilities = torch.softmax(rows.detach(), -1).cpu()
+            labels = torch.multinomial(probabilities.nan_to_num(), 1, generator=generator)[:, 0]
+            return torch.nn.functional.cross_entropy(rows, labels.to(rows.device), reduction="sum")
+        terms = []
+        for values in outputs.values():
+            norm = values.detach().double().norm().clamp(min=torch.finfo(torch.float64).tiny)
+            random = torch.randn(values.shape, generator=generator, dtype=torch.float64) / norm.cpu()
+            terms.append((values * random.to(values)).sum())
+        return torch.stack(terms).sum()
 
 
 def _kl(reference: Tensor, moved: Tensor) -> float:

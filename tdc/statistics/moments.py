@@ -12,13 +12,14 @@ from torch import Tensor
 from ..ir import Site
 from .patches import input_rows, window_lengths
 
-__all__ = ["WIDEST", "Collector", "Moments"]
+__all__ = ["WIDEST", "Collector", "Gradients", "Moments"]
 
 WIDEST = 5120
 """Inputs per position (n) of a convolution above which the moment of its outputs is gathered instead: a float32
 matrix of 5120 has 105 MB."""
 _DOUBLE = 2048
 """Width up to which sums are kept in float64; above it in float32, to bound the memory."""
+_CLIP = 10.0
 
 
 @dataclass
@@ -175,3 +176,32 @@ class Collector:
             self.moments[old].clone() if old >= 0 else Moments.zeros(like.sum.shape[0], like.sum.shape[1], like.weight)
         )
         return len(self.moments) - 1
+
+
+@dataclass
+class Gradients:
+    """Gathers ``sum g g^T`` over the gradients g of the loss in the outputs of sites: one (g, o, o) for each.
+
+    A row's gradient is clipped to ten times the mean norm of its batch, since few tokens have by far the largest ones.
+    Nothing is kept of sites of more than ``WIDEST`` outputs.
+    """
+
+    sums: dict[int, Moments] = field(default_factory=dict)
+    """By ``site.order``."""
+
+    def tap(self, site: Site, gradient: Tensor) -> None:
+        """Take in one use's gradient: (..., o), or (examples, channels, window axes...)."""
+        groups, outputs, _ = site.matrix
+        if outputs > WIDEST:
+            return
+        gradient = gradient.detach()
+        if site.kind.is_conv:
+            windows = len(site.windows)
+            batched = gradient if gradient.ndim == windows + 2 else gradient[None]
+            rows = batched.flatten(2).mT.reshape(-1, groups, outputs)
+        else:
+            rows = gradient.reshape(-1, 1, outputs)
+        norm = rows.flatten(1).norm(dim=1)
+        limit = _CLIP * norm[torch.isfinite(norm)].mean()
+        rows = rows * (limit / norm.clamp(min=limit.clamp(min=torch.finfo(norm.dtype).tiny)))[:, None, None]
+        self.sums.setdefault(site.order, Moments.zeros(groups, outputs)).add(rows)

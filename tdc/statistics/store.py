@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ..errors import CalibrationError
 from ..files import atomic_write
 from ..ir import Metric, Remark, Site, assign
 
-__all__ = ["SiteStatistics", "Statistics", "shrunk"]
+__all__ = ["SiteStatistics", "Statistics", "damped", "shrunk"]
 
 _FORMAT = "tdc-statistics"
-_VERSION = 2
+_VERSION = 3
+_DAMPING = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class SiteStatistics:
     side: str = "input"
     seen: int = 0
     lengths: tuple[tuple[str, int, int], ...] = ()
+    gradient: int | None = None
+    """Which gradients are those of its outputs."""
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -52,7 +55,8 @@ class SiteStatistics:
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Input second moments ``S = E[x x^T]`` and means ``E[x]``, float32, with the sites that read them: (i, i) and (i)
-    of linear sites, (g, n, n) and (g, n) of the patches of convolutions.
+    of linear sites, (g, n, n) and (g, n) of the patches of convolutions; and, where the door could run backwards, for
+    each site ``G = E[g g^T]``, (o, o) or (g, o, o), over the gradients g of the loss in its outputs.
 
     One file serves every door: sites are recognised by their weights. ``digest`` identifies the content; plans record
     it.
@@ -63,6 +67,13 @@ class Statistics:
     means: tuple[Tensor, ...]
     batches: int = 1
     remarks: tuple[Remark, ...] = ()
+    gradients: tuple[Tensor, ...] = ()
+    """Of the same order as the sites when they were gathered."""
+
+    @property
+    def metric_name(self) -> str:
+        """The best metric that they serve: ``fisher``, or ``input`` without gradients."""
+        return "fisher" if self.gradients else "input"
 
     @cached_property
     def digest(self) -> str:
@@ -81,7 +92,7 @@ class Statistics:
                 entry.lengths,
             ]
             state.update(json.dumps(key).encode())
-        for tensor in (*self.moments, *self.means):
+        for tensor in (*self.moments, *self.means, *self.gradients):
             state.update(tensor.contiguous().numpy().tobytes())
         return state.hexdigest()
 
@@ -91,10 +102,22 @@ class Statistics:
         found = assign(sites, [entry.site for entry in self.sites])
         return {site.order: known[id(match)] for site, match in zip(sites, found, strict=True) if match is not None}
 
-    def metric(self, entry: SiteStatistics, weight: Tensor, *, fitting: bool = True) -> Metric:
-        """The site's ``input`` metric, float64: its moment, without the mean where a bias takes that up; for fitting
-        shrunk for its number of rows (see :func:`shrunk`), for measuring as it is. ``weight`` is the canonical one.
+    def metric(self, entry: SiteStatistics, weight: Tensor, name: str = "input", *, fitting: bool = True) -> Metric:
+        """The site's metric of that name, ``input`` or ``fisher``, float64: its moment, without the mean where a bias
+        takes that up; for fitting shrunk for its number of rows (see :func:`shrunk`), for measuring as it is; for
+        ``fisher`` with its damped gradients (see :func:`damped`), where they were kept. ``weight``: the canonical one.
+
+        Raises CalibrationError for ``fisher`` where there are no gradients.
         """
+        found = self._input_metric(entry, weight, fitting)
+        if name != "fisher":
+            return found
+        if not self.gradients:
+            raise CalibrationError("metric='fisher' needs output gradients, and these statistics have none")
+        own = None if entry.gradient is None else damped(self.gradients[entry.gradient])
+        return replace(found, name="fisher", gradient=own)
+
+    def _input_metric(self, entry: SiteStatistics, weight: Tensor, fitting: bool) -> Metric:
         moment, mean = self.moments[entry.moment].double(), self.means[entry.moment].double()
         if entry.side == "output":
             if not entry.site.bias:
@@ -113,6 +136,7 @@ class Statistics:
 
         tensors = {f"moment.{k}": tensor for k, tensor in enumerate(self.moments)}
         tensors |= {f"mean.{k}": tensor for k, tensor in enumerate(self.means)}
+        tensors |= {f"gradient.{k}": tensor for k, tensor in enumerate(self.gradients)}
         rows = [_entry_out(entry) for entry in self.sites]
         remarks = [[r.site, r.stage, r.reason] for r in self.remarks]
         head = {"format": _FORMAT, "version": _VERSION, "batches": self.batches, "sites": rows, "remarks": remarks}
@@ -132,6 +156,8 @@ class Statistics:
             sites = tuple(_entry_in(row) for row in head["sites"])
             moments = tuple(tensors[f"moment.{k}"] for k in range(1 + max((e.moment for e in sites), default=-1)))
             means = tuple(tensors[f"mean.{k}"] for k in range(len(moments)))
+            places = [e.gradient for e in sites if e.gradient is not None]
+            gradients = tuple(tensors[f"gradient.{k}"] for k in range(1 + max(places, default=-1)))
             remarks = tuple(Remark(*map(str, row)) for row in head.get("remarks", []))
             batches = int(head["batches"])
             if batches < 1:
@@ -143,9 +169,12 @@ class Statistics:
                 raise
             raise CalibrationError(f"the statistics file {path} cannot be read: {error}") from error
         for entry in sites:
-            if reason := _wrong(moments[entry.moment], means[entry.moment], entry):
+            reason = _wrong(moments[entry.moment], means[entry.moment], entry)
+            if not reason and entry.gradient is not None:
+                reason = _wrong_gradient(gradients[entry.gradient], entry)
+            if reason:
                 raise CalibrationError(f"the statistics file {path} is damaged at {entry.site.name}: {reason}")
-        return cls(sites, moments, means, batches, remarks)
+        return cls(sites, moments, means, batches, remarks, gradients)
 
 
 def _wrong(moment: Tensor, mean: Tensor, entry: SiteStatistics) -> str:
@@ -158,6 +187,21 @@ def _wrong(moment: Tensor, mean: Tensor, entry: SiteStatistics) -> str:
         return f"the moments must be float32 of shapes {shapes}"
     if not bool(torch.isfinite(moment).all() and torch.isfinite(mean).all()):
         return "the moments are not finite"
+    return _no_moment(moment)
+
+
+def _wrong_gradient(gradient: Tensor, entry: SiteStatistics) -> str:
+    groups, outputs, _ = entry.site.matrix
+    shape = (groups, outputs, outputs) if entry.site.kind.is_conv else (outputs, outputs)
+    if gradient.shape != shape or gradient.dtype != torch.float32:
+        return f"the gradients must be float32 of shape {shape}"
+    if not bool(torch.isfinite(gradient).all()):
+        return "the gradients are not finite"
+    return _no_moment(gradient)
+
+
+def _no_moment(moment: Tensor) -> str:
+    """Why a finite matrix cannot be a second moment; '' if it can."""
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     largest = float(diagonal.max()) if diagonal.numel() else 0.0
     if bool((diagonal < 0).any()) or bool(((moment - moment.mT).abs() > 1e-4 * largest).any()):
@@ -183,10 +227,24 @@ def shrunk(moment: Tensor, rows: int) -> Tensor:
     return second
 
 
+def damped(gradient: Tensor) -> Tensor:
+    """``(1 - a) G + a tr(G)/o I`` in float64 with a = 0.1, for G (..., o, o); I where G vanishes.
+
+    Directions of the output in which few gradients were seen would cost nothing otherwise, and fits would give them up
+    (without damping, Fisher-weighted fits of language models collapse; the factor is that of Kron-factored SVD, 2026).
+    """
+    width = gradient.shape[-1]
+    mean = gradient.diagonal(dim1=-2, dim2=-1).mean(-1).double()
+    whole = gradient.double() * (1 - _DAMPING)
+    whole.diagonal(dim1=-2, dim2=-1).add_((_DAMPING * mean)[..., None])
+    return torch.where((mean > 0)[..., None, None], whole, torch.eye(width, dtype=whole.dtype))
+
+
 def _entry_out(entry: SiteStatistics) -> dict[str, Any]:
     fields = {"moment": entry.moment, "rows": entry.rows, "sensitivity": entry.sensitivity, "seen": entry.seen}
     conv = {"side": entry.side, "lengths": entry.lengths} if entry.site.kind.is_conv else {}
-    return {**entry.site.to_dict(), **fields, **conv}
+    behind = {} if entry.gradient is None else {"gradient": entry.gradient}
+    return {**entry.site.to_dict(), **fields, **conv, **behind}
 
 
 def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
@@ -198,8 +256,15 @@ def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
         side=str(row.get("side", "input")),
         seen=int(row["seen"]),
         lengths=tuple((str(axis), int(before), int(after)) for axis, before, after in row.get("lengths", ())),
+        gradient=int(row["gradient"]) if "gradient" in row else None,
     )
-    possible = entry.moment >= 0 and entry.rows >= 1 and entry.seen >= entry.rows and entry.side in ("input", "output")
+    possible = (
+        entry.moment >= 0
+        and (entry.gradient or 0) >= 0
+        and entry.rows >= 1
+        and entry.seen >= entry.rows
+        and entry.side in ("input", "output")
+    )
     if not possible or not 0 <= entry.sensitivity < math.inf:
         raise ValueError(f"{entry.site.name} has impossible numbers")
     return entry

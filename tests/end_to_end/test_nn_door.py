@@ -292,7 +292,7 @@ def test_a_data_loader_with_labels_calibrates_like_its_inputs() -> None:
     assert known.digest == tdc.calibrate(random_mlp(), [x[:32], x[32:]], progress=False).digest
     assert known.batches == 2
     small = tdc.compress(random_mlp(), budget=BUDGET, calibration=loader, progress=False)
-    assert tdc.report(small).metric == "input"
+    assert tdc.report(small).metric == "fisher"
 
 
 def test_labels_are_not_taken_for_an_optional_argument() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,13 @@ def test_one_statistics_file_gives_equal_plans(case: Case, optimize: bool, tmp_p
 @pytest.mark.parametrize("optimize", [True, False])
 def test_own_statistics_move_ranks_by_one_step_at_most(case: Case, optimize: bool) -> None:
     batches, probe = case.onnx_batches(case.calibration), case.onnx_batches(case.probe)
-    statistics = tdc.calibrate(case.exports[optimize], batches, probe=probe, progress=False)
-    plan = tdc.plan(case.exports[optimize], budget=KEEP, statistics=statistics, progress=False)
+    theirs = tdc.calibrate(case.exports[optimize], batches, probe=probe, progress=False)
+    assert theirs.metric_name == "input"  # onnxruntime runs nothing backwards
+    ours = tdc.calibrate(case.model, case.calibration, probe=case.probe, metric="input", progress=False)
+    plan = tdc.plan(case.exports[optimize], budget=KEEP, statistics=theirs, progress=False)
+    own = tdc.plan(case.model, case.calibration[0], budget=KEEP, statistics=ours, progress=False)
     ranks = {choice.site.sketch: dict(choice.ranks).get("r", 0) for choice in plan.choices}
-    moves = [abs(dict(c.ranks).get("r", 0) - ranks[c.site.sketch]) for c in case.plan.choices]
+    moves = [abs(dict(c.ranks).get("r", 0) - ranks[c.site.sketch]) for c in own.choices]
     assert max(moves) <= STEP
     assert sum(move > 0 for move in moves) <= 0.05 * len(moves)
 
@@ -81,12 +85,15 @@ def test_a_plan_file_moves_between_the_doors(case: Case, optimize: bool, tmp_pat
     report = tdc.compress_onnx(case.exports[optimize], out, **options)
     small = tdc.compress(case.model, case.calibration[0], **options)
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    exact = copy.deepcopy(small).double()
     for batch, arrays in zip(case.held_out, case.onnx_batches(case.held_out), strict=True):
         with torch.no_grad():
-            expected = small(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+            given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            ours, wanted = small(**given), exact(**given)
         hidden, pooled = session.run(["last_hidden_state", "pooler_output"], arrays)
-        assert np.abs(hidden - expected.last_hidden_state.numpy()).max() < 1e-4
-        assert np.abs(pooled - expected.pooler_output.numpy()).max() < 1e-4
+        for theirs, name in ((hidden, "last_hidden_state"), (pooled, "pooler_output")):
+            lost = (ours[name].double() - wanted[name]).norm()
+            assert (torch.from_numpy(theirs).double() - wanted[name]).norm() <= 2 * lost
         assert batch["input_ids"].shape == hidden.shape[:2]
     assert report.replaced == tdc.report(small).replaced >= 36
     assert out.stat().st_size < case.exports[optimize].stat().st_size

@@ -116,8 +116,11 @@ class Bound:
         values: Values,
         taps: Mapping[fx.Node, Sequence[Watch]] | None = None,
         changes: Mapping[fx.Node, Override] | None = None,
+        marks: Mapping[fx.Node, Override] | None = None,
+        after: Callable[[Any], Any] = lambda output: output,
     ) -> Any:
-        """What the graph gives. ``taps``: called with the first argument of a node before the node runs.
+        """What ``after`` makes of the output of the graph. ``taps``: called with the arguments of a node before the
+        node runs. ``marks``: take what a node gives, and give what it shall give; with them gradients are recorded.
 
         Raises CalibrationError if the graph cannot run.
         """
@@ -126,9 +129,9 @@ class Bound:
             given, fewer = self._fitting(given)
             arguments = [self._argument(node, given) for node in self.captured.placeholders]
             own = {node: self._copy_of(node) for node in self.captured.written if node.op == "get_attr"}
-            runner = _Runner(self.captured.module, taps or {}, {**own, **(changes or {})})
-            with undisturbed(), self.captured.context():
-                return fewer(runner.run(*arguments, enable_io_processing=False))
+            runner = _Runner(self.captured.module, taps or {}, {**own, **(changes or {})}, marks or {})
+            with undisturbed(gradients=marks is not None), self.captured.context():
+                return after(fewer(runner.run(*arguments, enable_io_processing=False)))
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0][:200]
             raise CalibrationError(f"the graph cannot run on a batch: {type(error).__name__}: {first}") from error
@@ -174,12 +177,20 @@ class Bound:
 
 class _Runner(fx.Interpreter):
     def __init__(
-        self, module: fx.GraphModule, taps: Mapping[fx.Node, Sequence[Watch]], changes: Mapping[fx.Node, Override]
+        self,
+        module: fx.GraphModule,
+        taps: Mapping[fx.Node, Sequence[Watch]],
+        changes: Mapping[fx.Node, Override],
+        marks: Mapping[fx.Node, Override],
     ) -> None:
         super().__init__(module)
-        self.taps, self.changes = taps, changes
+        self.taps, self.changes, self.marks = taps, changes, marks
 
     def run_node(self, n: fx.Node) -> Any:
+        result = self._result(n)
+        return self.marks[n](result) if n in self.marks else result
+
+    def _result(self, n: fx.Node) -> Any:
         if n not in self.taps and n not in self.changes:
             return super().run_node(n)
         args = self.fetch_args_kwargs_from_env(n)[0]
@@ -204,18 +215,20 @@ def alongside() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Plain torch inside: no gradients, no modes of whoever traces, and fixed random numbers that leave no trace.
+def undisturbed(*, gradients: bool = False) -> Iterator[None]:
+    """Plain torch inside: no gradients unless they are wanted, no modes of whoever traces, and fixed random numbers
+    that leave no trace.
 
     :func:`alongside` others, random numbers are drawn from what they draw from, and modes are theirs: torch has one
     generator for all threads, and one stack of pre-dispatch modes.
     """
     if _alongside.get():
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             yield
         return
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
+    recorded = torch.set_grad_enabled(gradients)
+    with _disable_current_modes(), torch.inference_mode(False), recorded, torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ...errors import CalibrationError, ModelError
 from ...ir import Block, Cost, Remark, Site, window_attributes
 from ..count import Counter
-from ..graph import fold_norm, gain_before, memory_format
+from ..graph import fold_norm, gain_before, memory_format, run_backward
 from ..program import Change, Replacement, Tap, sketch
 from .captured import Bound, Captured, Override, Values, passes_on
 from .match import Use, Weight, canonical, match, plain, storage_key
@@ -174,6 +174,20 @@ class FxProgram:
         self.pause()
         self.bounds[place].run(values, taps=taps)
 
+    def gradients(
+        self, batch: Batch, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
+    ) -> str:
+        place, values = batch
+        marks: dict[fx.Node, Override] = {}
+        for site in sites:
+            weight = self._in(place, site.order)
+            if weight is not None:
+                behind = [use.node for use in weight.uses] if weight.norm is None else [weight.norm.node]
+                marks |= {node: _marked(site, tap) for node in behind}
+        self.pause()
+        bound = self.bounds[place]
+        return str(bound.run(values, marks=marks, after=lambda out: run_backward(loss, bound.captured.label(out))))
+
     def outputs(self, batch: Batch, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         place, values = batch
         instead: dict[fx.Node, Override] = {}
@@ -286,6 +300,18 @@ def _hint(size: Any) -> int:
 def _takes_any_order(use: Use) -> bool:
     """Whether everything that is added to the outputs can be put in another order."""
     return use.rest is None and (use.bias is None or use.root_bias is not None)
+
+
+def _marked(site: Site, tap: Tap) -> Override:
+    """Hands the gradient of what a node gives to ``tap``; of normalisations that give three values, of the first."""
+
+    def mark(result: Any) -> Any:
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        marked = first if first.requires_grad else first + first.new_zeros((), requires_grad=True)
+        marked.register_hook(lambda gradient: tap(site, gradient))
+        return (marked, *result[1:]) if isinstance(result, (tuple, list)) else marked
+
+    return mark
 
 
 def _with_weight(use: Use, weight: Tensor, bias: Tensor | None) -> Override:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ...errors import CalibrationError, ModelError
 from ...ir import Block, Cost, Decline, Remark, Site, window_attributes
 from ..count import Counter
-from ..graph import floating_outputs, memory_format
+from ..graph import floating_outputs, memory_format, run_backward
 from ..program import Change, Replacement, Tap, passed_over_weight, sketch
 from .batches import Call, as_call, as_calls
 from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
 from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
-from .running import evaluation, holding, pre_hooks, standing_in
+from .running import evaluation, holding, hooks, pre_hooks, standing_in, untrained
 from .weights import (
     Weight,
     called_place,
@@ -170,6 +170,27 @@ class NnProgram:
         with evaluation(self.model), pre_hooks(of_module, hook):
             self._run(batch)
 
+    def gradients(
+        self, batch: Call, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
+    ) -> str:
+        watched: dict[nn.Module, Site] = {}
+        for site in sites:
+            norm = self._norms.get(site.order)
+            modules = self._by_order[site.order].modules.values() if norm is None else [norm.module]
+            watched |= dict.fromkeys(modules, site)
+        zero = torch.zeros((), requires_grad=True)
+
+        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor):
+                return None
+            marked = output if output.requires_grad else output + zero.to(output)
+            marked.register_hook(lambda gradient: tap(watched[module], gradient))
+            return marked
+
+        with evaluation(self.model), untrained(self.model), hooks(watched, hook), torch.enable_grad():
+            outputs = floating_outputs(self._forward(batch))
+            return run_backward(loss, outputs)
+
     def outputs(self, batch: Call, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         parameters: list[tuple[nn.Module, str, Tensor]] = []
         norms: list[str] = []
@@ -196,12 +217,15 @@ class NnProgram:
         return before if shift is None else (before.double() + shift.to(like.device)).to(like.dtype)
 
     def _run(self, batch: Call) -> Any:
-        args, kwargs = batch
         with torch.no_grad():
-            try:
-                return self.model(*args, **kwargs)
-            except Exception as error:
-                raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
+            return self._forward(batch)
+
+    def _forward(self, batch: Call) -> Any:
+        args, kwargs = batch
+        try:
+            return self.model(*args, **kwargs)
+        except Exception as error:
+            raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
 
     # ---- cutting
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluation", "holding", "pre_hooks", "standing_in"]
+__all__ = ["evaluation", "holding", "hooks", "pre_hooks", "standing_in", "untrained"]
 
 
 @contextmanager
@@ -77,3 +78,27 @@ def pre_hooks(modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def hooks(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Forward hooks inside; what a hook returns takes the place of the output."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters inside."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

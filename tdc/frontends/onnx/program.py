@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,11 @@ class OnnxProgram:
             entries = array(value.const_value)
         tensor = to_torch(entries)
         return tensor.swapaxes(-1, -2) if _turned(use) else tensor
+
+    def gradients(
+        self, batch: Any, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
+    ) -> str:
+        return "onnxruntime runs no model backwards"
 
     def outputs(self, batch: Batch, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         """Floating outputs by name, with ``changes`` (by site order) of the stored weights and biases."""

@@ -1,0 +1,156 @@
+"""The output side of the metric: ``tr(G D S D^T)`` as the metric of another weight, ``tr(D' S D'^T)`` of ``D' = R D``.
+
+With ``R = G^1/2`` the weight ``R W`` is fitted in the metric of the input alone, and ``R^-1`` goes into the factor that
+holds the outputs. That is the optimum wherever the equation has a factor with all outputs in one axis, which takes up
+any matrix from the left; formats that split the outputs are fitted in the metric of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..ir import Layout, Metric, Piece
+from ._linalg import LowRank, low_rank, pivoted_rows
+from .base import Decomposition, Factors, whole_factor
+
+__all__ = ["Whitened", "absorbs", "errors", "fit", "optimum", "whitened"]
+
+
+@dataclass(frozen=True, eq=False)
+class Whitened:
+    """``R W`` in the shape of the weight, its metric without G, that of the weight itself without G, and ``R^-1``
+    (g, o, o), None for the identity.
+    """
+
+    weight: Tensor
+    metric: Metric
+    plain: Metric
+    back: Tensor | None
+
+
+_last: tuple[Tensor, int, Metric, Whitened] | None = None
+
+
+def whitened(weight: Tensor, metric: Metric) -> Whitened:
+    """The weight (g o, i, ...), float64, with G taken out of its metric. The result for the last one is kept."""
+    global _last
+    if metric.gradient is None:
+        return Whitened(weight, metric, metric, None)
+    version = 0 if weight.is_inference() else weight._version
+    if _last is not None and _last[0] is weight and _last[1] == version and _last[2] is metric:
+        return _last[3]
+    values, vectors = torch.linalg.eigh(metric.gradient.reshape(-1, *metric.gradient.shape[-2:]))
+    sides = [(vectors * values[:, None] ** power) @ vectors.mT for power in (0.5, -0.5)]
+    moment = metric.output_moment
+    if moment is not None:
+        moment = sides[0] @ moment @ sides[0]
+    found = Whitened(
+        (sides[0] @ weight.reshape(len(values), values.shape[1], -1)).reshape(weight.shape),
+        replace(metric, gradient=None, output_moment=moment),
+        replace(metric, gradient=None),
+        sides[1],
+    )
+    _last = (weight, version, metric, found)
+    return found
+
+
+def optimum(weight: Tensor, metric: Metric, groups: int) -> LowRank:
+    """:func:`tdc.decompositions.low_rank` in any metric; the basis is not orthonormal where there is a G."""
+    new = whitened(weight, metric)
+    best = low_rank(new.weight, new.metric, groups)
+    return best if new.back is None else replace(best, basis=new.back @ best.basis)
+
+
+def absorbs(layout: Layout) -> bool:
+    """Whether in every piece one factor has all outputs in one axis, for each group on its own."""
+    return "o" in layout.rebuild.output.axes and all(_holder(piece, layout) for piece in layout.rebuild.pieces)
+
+
+def _holder(piece: Piece, layout: Layout) -> str | None:
+    """The factor of a piece that takes up a matrix on the outputs."""
+    pairs = zip(piece.operands, piece.equation.inputs, strict=True)
+    found = [name for name, term in pairs if "o" in term.axes]
+    if len(found) != 1:
+        return None
+    groups = layout.axes.get("g", 1)
+    return found[0] if groups == 1 or "g" in layout.rebuild.factors[found[0]].axes else None
+
+
+def fit(decomposition: Decomposition, weight: Tensor, layout: Layout, metric: Metric) -> Factors:
+    """:meth:`Decomposition.fit` in any metric."""
+    new = whitened(weight, metric)
+    if new.back is None or not absorbs(layout):
+        return decomposition.fit(weight, layout, new.plain)
+    factors = decomposition.fit(new.weight, layout, new.metric)
+    changed: dict[str, Tensor] = {}
+    for piece in layout.rebuild.pieces:
+        name = _holder(piece, layout)
+        assert name is not None
+        if name not in changed:
+            pivoted = name in layout.rebuild.pivots
+            changed |= (_repivoted if pivoted else _multiplied)(factors, layout, piece, name, new.back)
+    return {**factors, **changed}
+
+
+def errors(
+    decomposition: Decomposition,
+    weight: Tensor,
+    axes: Mapping[str, int],
+    metric: Metric,
+    lattice: Sequence[Mapping[str, int]],
+    variant: str,
+) -> list[float]:
+    """:meth:`Decomposition.errors` in any metric; of formats that split the outputs in that of the input."""
+    new = whitened(weight, metric)
+    if lattice and absorbs(decomposition.layout(axes, lattice[0], variant)):
+        return decomposition.errors(new.weight, axes, new.metric, lattice, variant)
+    return decomposition.errors(weight, axes, new.plain, lattice, variant)
+
+
+def _multiplied(factors: Factors, layout: Layout, piece: Piece, name: str, back: Tensor) -> dict[str, Tensor]:
+    """The factor ``name`` with R^-1 taken in along its outputs."""
+    term = layout.rebuild.factors[name]
+    sizes = [layout.axes[axis] for axis in term.axes]
+    whole = _with_groups(factors[name].reshape(sizes), term.axes)
+    order = whole.movedim(1 + _place(term.axes, "o"), 1)
+    new = (back @ order.flatten(2)).reshape(order.shape).movedim(1, 1 + _place(term.axes, "o"))
+    return {name: _without_groups(new, term.axes).reshape(layout.shapes[name]).contiguous()}
+
+
+def _repivoted(factors: Factors, layout: Layout, piece: Piece, name: str, back: Tensor) -> dict[str, Tensor]:
+    """The same of a factor without its identity block: ``R^-1 U = stack M`` with new pivots; M goes to the factor that
+    shares the rank.
+    """
+    pivot = layout.rebuild.pivots[name]
+    term = layout.rebuild.factors[name]
+    stack = whole_factor(factors, pivot, name, term, layout.axes)
+    spread = back @ _with_groups(stack, term.axes)
+    rows, coef, place = pivoted_rows(torch.linalg.qr(spread).Q)
+    change = spread.gather(1, rows[:, :, None].expand(-1, -1, spread.shape[2]))
+    pairs = zip(piece.operands, piece.equation.inputs, strict=True)
+    other, axes = next((n, t.axes) for n, t in pairs if n != name and pivot.rank in t.axes)
+    whole = _with_groups(factors[other].reshape([layout.axes[axis] for axis in axes]), axes)
+    order = whole.movedim(1 + _place(axes, pivot.rank), 1)
+    new = (change @ order.flatten(2)).reshape(order.shape).movedim(1, 1 + _place(axes, pivot.rank))
+    return {
+        name: coef.reshape(layout.shapes[name]),
+        pivot.index: place.reshape(layout.shapes[pivot.index]),
+        other: _without_groups(new, axes).reshape(layout.shapes[other]).contiguous(),
+    }
+
+
+def _place(axes: Sequence[str], axis: str) -> int:
+    return [a for a in axes if a != "g"].index(axis)
+
+
+def _with_groups(tensor: Tensor, axes: Sequence[str]) -> Tensor:
+    """Groups first, of size one where the factor has none."""
+    return tensor.movedim(axes.index("g"), 0) if "g" in axes else tensor[None]
+
+
+def _without_groups(tensor: Tensor, axes: Sequence[str]) -> Tensor:
+    return tensor.movedim(0, axes.index("g")) if "g" in axes else tensor[0]
