@@ -169,6 +169,9 @@ def memory(formats: list[str] | tuple[str, ...]) -> None:
                 for metric in ("weight", "input"):
                     command = [sys.executable, __file__, "memory", "--fit", f"{name}/{variant}", kind, metric]
                     label = {"model": f"fit of {kind} {'x'.join(str(n) for n in axes.values())}", "budget": metric}
+                    if reason := decompositions.get(name).too_large(axes, variant):
+                        add({**label, "format": f"{name}/{variant}", "note": f"declined: {reason}"})
+                        continue
                     try:
                         run = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
                         found = json.loads(run.stdout) if run.returncode == 0 else {"note": run.stderr[-200:]}

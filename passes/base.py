@@ -40,11 +40,16 @@ class Unit:
     calibration: Any = None
     probe: Any = None
     statistics: Statistics | None = None
+    anchors: tuple[Any, ...] = ()
+    """Calibration batches, as the program reads them, for fits on what the model that is cut makes of them."""
     sites: tuple[Site, ...] = ()
     candidates: Mapping[int, tuple[Candidate, ...]] = field(default_factory=dict)
     plan: Plan | None = None
     factors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     errors: Mapping[int, SiteErrors] = field(default_factory=dict)
+    anchored: frozenset[int] = frozenset()
+    """Sites that were fitted to inputs that the sites before them, already cut, give: their error by itself, on the
+    inputs of the dense model, is no longer what was minimised."""
     shifts: Mapping[int, Tensor] = field(default_factory=dict)
     """What is added to the bias of sites whose metric leaves the mean of the error to it."""
     blocks: Mapping[int, Block] = field(default_factory=dict)

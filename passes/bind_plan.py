@@ -31,12 +31,15 @@ class BindPlan(Pass):
         assert plan is not None
         if not plan.choices:
             raise PlanError("the plan has no sites: there is nothing to apply")
-        if plan.metric == "input" and unit.statistics is None:
+        if plan.metric != "weight" and unit.statistics is None:
             raise CalibrationError(
-                "the plan was made in the input metric: give statistics= or calibration= to apply it"
+                f"the plan was made in the {plan.metric} metric: give statistics= or calibration= to apply it"
             )
         found = assign([choice.site for choice in plan.choices], unit.sites)
         bound, remarks, known = [], [], site_statistics(unit)
+        if plan.metric == "fisher" and unit.statistics is not None and not unit.statistics.gradients:
+            remarks.append(Remark("", self.name, "the statistics have no output gradients: fitted in the input metric"))
+            plan = replace(plan, metric="input")
         for choice, site in zip(plan.choices, found, strict=True):
             if site is None:
                 raise PlanError(_misfit(choice.site, unit))

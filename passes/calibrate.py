@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from tdc.decompositions import bias_shift, optimum
 from tdc.errors import CalibrationError, OptionError
-from tdc.frontends.program import Change, head, is_usable
+from tdc.frontends.program import Change, head, is_usable, size_of
 from tdc.ir import Remark, Site
 from tdc.progress import track
 from tdc.statistics import (
@@ -35,6 +35,7 @@ PROBE_ERROR = 0.03
 """Relative squared error given to one site at a time; SmolLM2's perplexities differ by 1 % between 0.02 and 0.1."""
 PROBE_EXAMPLES = 8
 _FEW_ROWS = 20
+_ANCHOR_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class Calibrate(Pass):
     name = "calibrate"
 
     def run(self, unit: Unit) -> Unit:
-        if unit.statistics is None and unit.calibration is not None and unit.sites:
-            unit = unit.having(statistics=_gather(unit))
+        if unit.calibration is not None and unit.sites:
+            anchors = _Anchors()
+            if unit.statistics is None:
+                unit = unit.having(statistics=_gather(unit, anchors))
+            else:
+                anchors.read(unit)
+            unit = unit.having(anchors=tuple(anchors.batches))
         if unit.statistics is None:
             if unit.options.metric in ("input", "fisher") and unit.plan is None:
                 raise OptionError(f"metric={unit.options.metric!r} needs calibration= or statistics=")
@@ -80,8 +86,28 @@ def _covered(unit: Unit) -> Unit:
     return unit.having(sites=tuple(site for site in unit.sites if site.order in known)).remarking(*remarks)
 
 
-def _gather(unit: Unit) -> Statistics:
-    collector, first, batches, backwards = _observe(unit)
+@dataclass
+class _Anchors:
+    """The first batches of the calibration data, up to some size."""
+
+    batches: list[Any] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, batch: Any) -> bool:
+        """Whether there is room for more."""
+        self.size += size_of(batch)
+        if self.size <= _ANCHOR_BYTES and is_usable(batch):
+            self.batches.append(batch)
+        return self.size <= _ANCHOR_BYTES
+
+    def read(self, unit: Unit) -> None:
+        for batch in unit.program.batches(unit.calibration):
+            if not self.add(batch):
+                break
+
+
+def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
+    collector, first, batches, backwards = _observe(unit, anchors)
     seen = [site for site in unit.sites if site.order in collector.group]
     remarks = [
         Remark(site.name, "calibrate", "the calibration data never reaches it")
@@ -161,7 +187,7 @@ class _Backwards:
         return tuple(replace(entry, gradient=places.get(entry.site.order)) for entry in entries), stored
 
 
-def _observe(unit: Unit) -> tuple[Collector, Any, int, _Backwards]:
+def _observe(unit: Unit, anchors: _Anchors) -> tuple[Collector, Any, int, _Backwards]:
     """Sums over all batches, the first batch with entries that are all finite, how many batches there were, and the
     output gradients.
     """
@@ -175,6 +201,7 @@ def _observe(unit: Unit) -> tuple[Collector, Any, int, _Backwards]:
     for batch in track(batches, "calibrating", total=length, show=unit.options.progress):
         unit.program.observe(batch, unit.sites, collector.tap)
         collector.end_batch()
+        anchors.add(batch)
         if is_usable(batch):
             first = batch if first is None else first
             backwards.add(batch)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tdc import decompositions
 from tdc.errors import VerificationError
-from tdc.ir import DENSE, Candidate, Plan, Remark
-from tdc.progress import track
+from tdc.ir import DENSE, Candidate, Metric, Plan, Remark
+from tdc.progress import counted
 
+from ._anchor import Anchored, anchors_of
 from .base import Pass, Unit
-from .propose_layouts import lowered, metric_of, site_statistics
+from .propose_layouts import lowered, metric_name, metric_of, site_statistics
 
 __all__ = ["FitFactors", "left_dense"]
 
@@ -23,6 +24,9 @@ __all__ = ["FitFactors", "left_dense"]
 class FitFactors(Pass):
     """Fits in float64 and rounds to the weight's dtype; a site whose factors overflow there stays dense, with a
     remark.
+
+    Where calibration data is at hand and the door can run the model in parts, each site is fitted on what the sites
+    before it, already cut, make of the data (see :class:`._anchor.Anchored`).
     """
 
     name = "fit-factors"
@@ -34,23 +38,46 @@ class FitFactors(Pass):
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
         known = site_statistics(unit)
-        planned = [choice for choice in unit.plan.choices if not choice.is_dense]
-        factors: dict[int, Mapping[str, Tensor]] = {}
-        failed: dict[int, Remark] = {}
-        for choice in track(planned, "fitting factors", show=unit.options.progress):
-            site = choice.site
-            weight = unit.program.weight(site)
-            layout, _ = lowered(unit.target, choice)
-            double = weight.double()
-            metric = metric_of(unit, site, known.get(site.order), double)
-            fitted = decompositions.fit(decompositions.get(choice.decomposition), double, layout, metric)
-            stored = {k: f.to(weight.dtype).contiguous() if f.is_floating_point() else f for k, f in fitted.items()}
-            if all(bool(torch.isfinite(f).all()) for f in stored.values()):
-                factors[site.order] = stored
-            else:
-                reason = f"{choice.decomposition} factors overflow {site.dtype}: stays dense"
-                failed[site.order] = Remark(site.name, self.name, reason)
-        return left_dense(unit, failed).having(factors=factors)
+        planned = {choice.site.order: choice for choice in unit.plan.choices if not choice.is_dense}
+        with counted("fitting factors", len(planned), show=unit.options.progress) as advance:
+            visit = Anchored(
+                unit,
+                planned,
+                known,
+                lambda site, weight: metric_of(unit, site, known.get(site.order), weight),
+                lambda choice, weight, metric: _stored(unit, choice, weight, metric),
+                advance,
+            )
+            anchors = anchors_of(unit, known) if metric_name(unit) != "weight" else []
+            if anchors and planned:
+                reason = unit.program.lockstep(anchors, unit.sites, visit)
+                if reason:
+                    unit = unit.remarking(Remark("", self.name, f"not fitted to the cut model's own inputs: {reason}"))
+            for site in unit.sites:  # all of them, or those that the batches did not reach
+                if site.order not in visit.factors and site.order not in visit.overflown:
+                    visit(site, ())
+        failed = {
+            order: Remark(planned[order].site.name, self.name, _overflow(planned[order])) for order in visit.overflown
+        }
+        return left_dense(unit, failed).having(
+            factors=visit.factors, shifts=visit.shifts, anchored=frozenset(visit.anchored)
+        )
+
+
+def _overflow(choice: Candidate) -> str:
+    return f"{choice.decomposition} factors overflow {choice.site.dtype}: stays dense"
+
+
+def _stored(unit: Unit, choice: Candidate, weight: Tensor, metric: Metric) -> tuple[Mapping[str, Tensor], Tensor]:
+    """The factors as they are stored, none if they overflow, and the weight that they rebuild, float64."""
+    layout, _ = lowered(unit.target, choice)
+    dtype = getattr(torch, choice.site.dtype)
+    fitted = decompositions.fit(decompositions.get(choice.decomposition), weight, layout, metric)
+    stored = {k: f.to(dtype).contiguous() if f.is_floating_point() else f for k, f in fitted.items()}
+    if not all(bool(torch.isfinite(f).all()) for f in stored.values()):
+        return {}, weight
+    double = {k: f.double() if f.is_floating_point() else f for k, f in stored.items()}
+    return stored, decompositions.rebuild(double, layout).reshape(weight.shape)
 
 
 def left_dense(unit: Unit, failed: Mapping[int, Remark]) -> Unit:

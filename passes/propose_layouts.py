@@ -149,7 +149,9 @@ def _candidates(
     for decomposition in chosen:
         found: list[Candidate | Decline] = []
         for variant in decomposition.variants(site.axes):
-            if metric.output_moment is None or not decomposition.needs_input(variant):
+            if reason := decomposition.too_large(site.axes, variant):
+                found.append(Decline(reason))
+            elif metric.output_moment is None or not decomposition.needs_input(variant):
                 found += _points(unit, dense, weight, metric, decomposition, variant, work)
             else:
                 found.append(Decline(f"needs the moment of {math.prod(site.matrix[2:])} inputs, which is not kept"))

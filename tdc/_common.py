@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,6 @@ def peeked(example: Any, batches: Any) -> tuple[Any, Any]:
 def new_unit(
     program: Program, options: Options, calibration: Any, statistics: Statistics | str | Path | None, probe: Any
 ) -> Unit:
-    if calibration is not None and statistics is not None:
-        raise OptionError("give calibration= or statistics=, not both")
     known = Statistics.load(statistics) if isinstance(statistics, (str, Path)) else statistics
     if known is not None and not isinstance(known, Statistics):
         raise OptionError(f"statistics= takes what tdc.calibrate returns, or a path; got {type(known).__name__}")
@@ -85,4 +84,4 @@ def realized(unit: Unit, plan: Plan | str | Path | None, exchange: Callable[[Pas
 def reported(unit: Unit, before: Cost, after: Cost) -> Report:
     assert unit.plan is not None
     errors = {order: (found.metric, found.weight, found.cancellation) for order, found in unit.errors.items()}
-    return Report.of(unit.program.door, unit.plan, errors, (before, after))
+    return Report.of(unit.program.door, replace(unit.plan, remarks=unit.remarks), errors, (before, after))

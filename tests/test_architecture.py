@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LINKS = ("kernels", "passes")
 
 LEAVES = {"errors", "files", "options", "progress"}
-SHARED = {"frontends.count", "frontends.graph", "frontends.program"}
+SHARED = {"frontends.count", "frontends.graph", "frontends.lockstep", "frontends.program"}
 """What several frontends use."""
 FRONTENDS = {"frontends", "frontends.fx", "frontends.nn", "frontends.onnx"} | SHARED
 MAY_IMPORT: dict[str, set[str]] = {
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": {"ir"} | LEAVES,
     "kernels": {"ir"} | LEAVES,
     **{room: {"ir"} | LEAVES for room in SHARED},
+    "frontends.lockstep": {"frontends.program", "ir"} | LEAVES,
     **{room: {"ir"} | SHARED | LEAVES for room in FRONTENDS - SHARED},
     "targets": {"ir", "kernels"} | LEAVES,
     "passes": {"ir", "decompositions", "statistics", "planning", "kernels", "targets"} | FRONTENDS | LEAVES,

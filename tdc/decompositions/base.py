@@ -65,6 +65,12 @@ class Decomposition(ABC):
         """Other variants that write the same approximation at the same ranks."""
         return ()
 
+    def too_large(self, axes: Mapping[str, int], variant: str) -> str:
+        """Why a weight of these axes is not fitted, with the numbers, where that takes too much time or memory; ''
+        where it is. Asked before anything is allocated.
+        """
+        return ""
+
     def needs_input(self, variant: str) -> bool:
         """Whether the fit needs the second moment of the input, or that of the output will do."""
         return not self.projects_outputs

@@ -15,6 +15,7 @@ from .base import Factors
 __all__ = ["TTMatrix"]
 
 _BONDS = "rst"
+_LARGEST_OF_FOUR = 1 << 22
 
 
 class TTMatrix(SplitDecomposition):
@@ -38,6 +39,14 @@ class TTMatrix(SplitDecomposition):
         count = int(variant)
         names = " ".join(f"{side}{k}" for side in "oi" for k in range(1, count + 1))
         return measured(names, balanced(axes["o"], count), balanced(axes["i"], count))
+
+    def too_large(self, axes: Mapping[str, int], variant: str) -> str:
+        if variant == "4" and axes["o"] * axes["i"] > _LARGEST_OF_FOUR:
+            return (
+                f"four modes of a {axes['o']} x {axes['i']} weight: one fit takes minutes and more than 2 GB "
+                f"(at 4096 x 4096 200 s and 2.2 GB on one core)"
+            )
+        return ""
 
     def full_ranks(self, axes: Mapping[str, int], variant: str) -> dict[str, int]:
         modes, count = self.modes(axes, variant), int(variant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ir import Block, Cost, Remark, Site
 
-__all__ = ["Change", "Program", "Replacement", "Tap", "head", "is_usable", "passed_over_weight", "sketch"]
+__all__ = ["Change", "Program", "Replacement", "Tap", "head", "is_usable", "passed_over_weight", "size_of", "sketch"]
 
 Tap = Callable[[Site, Tensor], None]
 """Called with a site and the activation that enters it: any leading axes and the site's input axis last; for
@@ -87,6 +87,15 @@ class Program(Protocol):
         use's output to ``tap``, that behind the normalisation where one is folded into the site.
 
         Returns why it cannot be done; '' where it was. Raises CalibrationError if the model cannot run on the batch.
+        """
+
+    def lockstep(self, batches: Sequence[Any], sites: Iterable[Site], visit: Any) -> str:
+        """Run every batch twice side by side, with the dense model and with one that changes on the way.
+
+        ``visit(site, activations)`` is called at each site with those of all dense runs and then those of all changing
+        ones; the change that it returns holds in the latter from this use on (None: the site as it is). Of the
+        activations, those of convolutions are before the padding that the windows state. Returns why it cannot be done,
+        or was given up; '' where it was done. See :mod:`.lockstep`.
         """
 
     def outputs(self, batch: Any, changes: Mapping[int, Change]) -> dict[str, Tensor]:
@@ -167,6 +176,15 @@ def is_usable(batch: Any) -> bool:
     if isinstance(batch, Tensor):
         return batch.numel() > 0 and bool(torch.isfinite(batch).all())
     return True
+
+
+def size_of(batch: Any) -> int:
+    """Bytes of all tensors and arrays of a batch."""
+    if isinstance(batch, Mapping):
+        return sum(size_of(value) for value in batch.values())
+    if isinstance(batch, (tuple, list)):
+        return sum(size_of(value) for value in batch)
+    return int(batch.nbytes) if isinstance(batch, (Tensor, np.ndarray)) else 0
 
 
 def head(batch: Any, examples: int) -> Any:

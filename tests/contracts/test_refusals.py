@@ -73,18 +73,14 @@ def test_an_unknown_option_value_is_refused_by_name(option: dict[str, Any], text
     refused(OptionError, text, budget="params=0.5", **option)
 
 
-def test_the_input_metric_without_data_is_refused() -> None:
-    refused(OptionError, "metric='input' needs calibration= or statistics=", budget="params=0.5", metric="input")
+@pytest.mark.parametrize("metric", ["input", "fisher"])
+def test_a_metric_of_data_without_data_is_refused(metric: str) -> None:
+    refused(OptionError, f"metric='{metric}' needs calibration= or statistics=", budget="params=0.5", metric=metric)
 
 
 def test_a_budget_and_a_plan_together_or_neither_are_refused() -> None:
     refused(OptionError, "one of the two", budget="params=0.5", plan=made_plan())
     refused(OptionError, "one of the two")
-
-
-def test_calibration_and_statistics_together_are_refused() -> None:
-    known = tdc.calibrate(random_mlp(), data(), progress=False)
-    refused(OptionError, "not both", budget="params=0.5", calibration=data(), statistics=known)
 
 
 @pytest.mark.parametrize("call", [tdc.plan, tdc.compress])
@@ -223,7 +219,7 @@ def test_a_plan_that_decides_twice_for_a_site_is_refused() -> None:
 
 def test_a_plan_in_the_input_metric_needs_data() -> None:
     plan = tdc.plan(random_mlp(), budget="params=0.6", calibration=data(), progress=False)
-    refused(CalibrationError, "input metric", plan=plan)
+    refused(CalibrationError, "the plan was made in the fisher metric: give statistics=", plan=plan)
 
 
 # ---- files

@@ -22,7 +22,7 @@ Values = tuple[Any, ...]
 """Arguments of a graph in the order of those placeholders that are not constants."""
 
 Override = Callable[[tuple[Any, ...]], Any]
-"""Takes the arguments of a node, gives what the node shall give."""
+"""Takes the arguments of a node, gives what the node shall give; NotImplemented for what it gives by itself."""
 Watch = Callable[[Any], None]
 
 
@@ -197,7 +197,8 @@ class _Runner(fx.Interpreter):
         for watch in self.taps.get(n, ()):
             watch(args)
         if n in self.changes:
-            return self.changes[n](args)
+            result = self.changes[n](args)
+            return super().run_node(n) if result is NotImplemented else result
         return super().run_node(n)
 
 
@@ -227,7 +228,7 @@ def undisturbed(*, gradients: bool = False) -> Iterator[None]:
             yield
         return
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    recorded = torch.set_grad_enabled(gradients)
+    recorded = torch.enable_grad() if gradients else torch.no_grad()
     with _disable_current_modes(), torch.inference_mode(False), recorded, torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield

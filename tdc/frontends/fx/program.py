@@ -14,8 +14,9 @@ from ...errors import CalibrationError, ModelError
 from ...ir import Block, Cost, Remark, Site, window_attributes
 from ..count import Counter
 from ..graph import fold_norm, gain_before, memory_format, run_backward
+from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Replacement, Tap, sketch
-from .captured import Bound, Captured, Override, Values, passes_on
+from .captured import Bound, Captured, Override, Values, alongside, passes_on, undisturbed
 from .match import Use, Weight, canonical, match, plain, storage_key
 from .rewrite import Cut, Rewritten, reader_of, rewrite, sources
 
@@ -187,6 +188,51 @@ class FxProgram:
         self.pause()
         bound = self.bounds[place]
         return str(bound.run(values, marks=marks, after=lambda out: run_backward(loss, bound.captured.label(out))))
+
+    def lockstep(self, batches: Sequence[Batch], sites: Iterable[Site], visit: Visit) -> str:
+        wanted = list(sites)
+
+        def work(batch: Batch, changing: bool) -> Callable[[Meet], Any]:
+            place, values = batch
+
+            def run(meet: Meet) -> None:
+                with alongside():  # all runs are inside one that leaves the process as it was
+                    self.bounds[place].run(values, changes=self._meetings(place, wanted, meet, changing))
+
+            return run
+
+        self.pause()
+        with undisturbed():
+            return in_step([work(batch, changing) for changing in (False, True) for batch in batches], visit)
+
+    def _meetings(self, place: int, sites: Iterable[Site], meet: Meet, changing: bool) -> dict[fx.Node, Override]:
+        """Nodes that wait for the other runs, and then run with the weight that the site has got."""
+        instead: dict[fx.Node, Override] = {}
+        changed: set[int] = set()
+
+        def enter(site: Site, use: Use) -> Override:
+            spot = use.node.args.index(use.activation)
+
+            def run(args: tuple[Any, ...]) -> Any:
+                change = meet(site, args[spot])
+                if not changing or change is None:
+                    return NotImplemented
+                changed.add(site.order)
+                return _with_weight(use, change.weight, self._shifted(site.order, change.shift))(args)
+
+            return run
+
+        for site in sites:
+            weight, order = self._in(place, site.order), site.order
+            if weight is None or (weight.norm is None) != (self._by_order[order].norm is None):
+                continue
+            instead |= {use.node: enter(site, use) for use in weight.uses}
+            if weight.norm is not None:
+                handed = passes_on(weight.norm.node)
+                instead[weight.norm.node] = lambda args, order=order, handed=handed: (  # type: ignore[misc]
+                    handed(args) if order in changed else NotImplemented
+                )
+        return instead
 
     def outputs(self, batch: Batch, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         place, values = batch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from ...errors import CalibrationError, ModelError
 from ...ir import Block, Cost, Decline, Remark, Site, window_attributes
 from ..count import Counter
 from ..graph import floating_outputs, memory_format, run_backward
+from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Replacement, Tap, passed_over_weight, sketch
 from .batches import Call, as_call, as_calls
 from .capture import Capture, Use, capture
@@ -191,19 +193,59 @@ class NnProgram:
             outputs = floating_outputs(self._forward(batch))
             return run_backward(loss, outputs)
 
+    def lockstep(self, batches: Sequence[Call], sites: Iterable[Site], visit: Visit) -> str:
+        of_module = {m: site for site in sites for m in self._by_order[site.order].modules.values()}
+        norms = {n.module: order for order, n in self._norms.items() if order in {s.order for s in of_module.values()}}
+        own = threading.local()
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            site = of_module[module]
+            change = own.meet(site, padded(module, args[0] if args else kwargs["input"]))
+            if own.changing and change is not None:
+                own.changed.add(site.order)
+                own.held = [(name, module._parameters.get(name)) for name in ("weight", "bias")]
+                for name, new in self._held(site.order, module, change):
+                    module._parameters[name] = nn.Parameter(new, requires_grad=False)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            for name, value in own.__dict__.pop("held", ()):
+                module._parameters[name] = value
+
+        def skip(module: nn.Module, args: Any, output: Any) -> Any:
+            return args[0] if norms[module] in own.changed else None
+
+        def work(batch: Call, changing: bool) -> Callable[[Meet], Any]:
+            def run(meet: Meet) -> None:
+                own.meet, own.changing, own.changed = meet, changing, set()
+                with torch.inference_mode(False):
+                    self._run(batch)
+
+            return run
+
+        works = [work(batch, changing) for changing in (False, True) for batch in batches]
+        with (
+            evaluation(self.model),
+            pre_hooks(of_module, enter),
+            hooks(of_module, leave),
+            hooks(norms, skip),
+        ):
+            return in_step(works, visit)
+
     def outputs(self, batch: Call, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         parameters: list[tuple[nn.Module, str, Tensor]] = []
         norms: list[str] = []
         for order, new in changes.items():
-            stored = self._by_order[order]
-            for module in set(stored.modules.values()):
-                parameters.append((module, "weight", stored_weight(module, new.weight.to(stored.tensor))))
-                bias = self._shifted(order, module, new.shift)
-                if bias is not None:
-                    parameters.append((module, "bias", bias))
+            for module in set(self._by_order[order].modules.values()):
+                parameters += [(module, name, value) for name, value in self._held(order, module, new)]
             norms += self._norms[order].paths if order in self._norms else ()
         with evaluation(self.model), holding(parameters), standing_in(self.model, norms):
             return floating_outputs(self._run(batch))
+
+    def _held(self, order: int, module: nn.Module, new: Change) -> list[tuple[str, Tensor]]:
+        """The parameters that a module of a site has with another weight."""
+        weight = stored_weight(module, new.weight.to(self._by_order[order].tensor))
+        bias = self._shifted(order, module, new.shift)
+        return [("weight", weight), *([("bias", bias)] if bias is not None else [])]
 
     def _shifted(self, order: int, module: nn.Module, shift: Tensor | None) -> Tensor | None:
         """The bias that a module of a site gets with another weight; None if it keeps its own."""

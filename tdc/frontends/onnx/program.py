@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,9 @@ class OnnxProgram:
         self, batch: Any, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
     ) -> str:
         return "onnxruntime runs no model backwards"
+
+    def lockstep(self, batches: Sequence[Any], sites: Iterable[Site], visit: Any) -> str:
+        return "onnxruntime runs no model in parts"
 
     def outputs(self, batch: Batch, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         """Floating outputs by name, with ``changes`` (by site order) of the stored weights and biases."""

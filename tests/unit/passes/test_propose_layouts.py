@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -39,3 +40,19 @@ def test_a_format_that_gains_nothing_says_so_with_the_numbers_where_it_was_named
     assert any("svd is left out" in reason for reason in reasons)
     quiet = tdc.plan(small, torch.randn(2, 2, 8, 8), budget="params=0.9", progress=False)
     assert not any("is left out" in remark.reason for remark in quiet.remarks)
+
+
+def test_what_is_too_large_is_declined_before_its_errors_are_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    d = decompositions.get("svd")
+    monkeypatch.setattr(type(d), "too_large", lambda self, axes, variant: f"{axes['o']} rows take 9 GB")
+    monkeypatch.setattr(type(d), "errors", lambda self, *args: pytest.fail("the errors are worked out"))
+    plan = tdc.plan(
+        nn.Sequential(nn.Linear(64, 48)), torch.randn(8, 64), budget="params=1", allow="svd", progress=False
+    )
+    assert any("svd is left out: 48 rows take 9 GB" in remark.reason for remark in plan.remarks)
+
+
+def test_four_modes_of_a_large_matrix_are_declined_with_the_numbers() -> None:
+    d = decompositions.get("tt_matrix")
+    assert "2.2 GB" in d.too_large({"o": 4096, "i": 4096}, "4")
+    assert d.too_large({"o": 2048, "i": 2048}, "4") == d.too_large({"o": 4096, "i": 4096}, "3") == ""

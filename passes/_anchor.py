@@ -1,0 +1,156 @@
+"""Fitting on what the model that is already cut makes of the data, against what the dense one makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdc.frontends.program import Change
+from tdc.ir import Candidate, Metric, Site
+from tdc.statistics import SiteStatistics, shrunk
+from tdc.statistics.patches import input_rows
+
+from .base import Unit
+
+__all__ = ["Anchored", "anchors_of", "can_anchor"]
+
+_RIDGE = 1e-2
+_MEMORY = 3 << 30
+"""Bytes that the activations of all runs may take together, about."""
+_LIVE = 4
+"""Tensors of the size of a site's input that a run holds at a time, about."""
+
+Fitted = Callable[[Candidate, Tensor, Metric], tuple[Mapping[str, Tensor], Tensor]]
+"""Fits a candidate to a weight (float64, canonical) in a metric: the stored factors and the weight that they rebuild,
+no factors where they overflow."""
+
+
+def can_anchor(entry: SiteStatistics | None, site: Site) -> bool:
+    """Whether the inputs of the site are known, and it is met once."""
+    return entry is not None and entry.side == "input" and site.uses == 1
+
+
+def anchors_of(unit: Unit, known: Mapping[int, SiteStatistics]) -> list[Any]:
+    """As many of the calibration batches as fit in the memory, two runs of each; none if it is not even two."""
+    if unit.statistics is None or not unit.anchors:
+        return []
+    batches = unit.statistics.batches
+    largest = max((e.seen / batches * e.site.matrix[2] / _taps(e.site) for e in known.values()), default=0.0)
+    most = int(_MEMORY / max(1.0, 2 * 4 * _LIVE * largest))
+    return list(unit.anchors[:most]) if most > 1 else []
+
+
+def _taps(site: Site) -> int:
+    """Window positions of a convolution's patch: its input holds each number about once for each step of the window."""
+    taps = 1
+    for window in site.windows:
+        taps *= max(1, window.size // window.stride)
+    return taps
+
+
+@dataclass
+class Anchored:
+    """Visits the sites in the order in which the batches reach them; fits those that are planned.
+
+    With x the input of a site in the dense model and z that in the model that is cut up to there, the weight to fit is
+    the least-squares solution of ``B z = W x``, ``B = W + W (E[x z^T] - E[z z^T]) (E[z z^T] + ridge)^-1``, in the
+    metric of ``E[z z^T]``: so ``E ||W x - W_hat z||^2`` is least (AA-SVD, 2026). The ridge, 1 % of the mean of the
+    diagonal, draws B to W. Where a site has a bias it takes up the means, ``b + W E[x] - W_hat E[z]``. Before the first
+    cut x and z are the same, and B is W.
+    """
+
+    unit: Unit
+    planned: Mapping[int, Candidate]
+    known: Mapping[int, SiteStatistics]
+    metric: Callable[[Site, Tensor], Metric]
+    fitted: Fitted
+    advance: Callable[[], None]
+    factors: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    shifts: dict[int, Tensor] = field(default_factory=dict)
+    overflown: set[int] = field(default_factory=set)
+    anchored: set[int] = field(default_factory=set)
+    _changes: dict[int, Change] = field(default_factory=dict)
+
+    def __call__(self, site: Site, activations: Sequence[Tensor]) -> Change | None:
+        choice = self.planned.get(site.order)
+        if choice is None or site.order in self._changes or site.order in self.overflown:
+            return self._changes.get(site.order)
+        weight = self.unit.program.weight(site)
+        double, moments = weight.double(), None
+        metric = self.metric(site, double)
+        if activations and self._changes and can_anchor(self.known.get(site.order), site):
+            moments = _Pair.of(site, activations)
+            double, metric = moments.target(double, metric)
+            self.anchored.add(site.order)
+        factors, rebuilt = self.fitted(choice, double, metric)
+        self.advance()
+        if not factors:
+            self.overflown.add(site.order)
+            return None
+        self.factors[site.order] = factors
+        shift = None if metric.mean is None else _shift(weight.double(), rebuilt, moments, metric.mean)
+        if shift is not None and moments is not None:
+            self.shifts[site.order] = shift
+        self._changes[site.order] = change = Change(rebuilt.to(weight.dtype), shift)
+        return change
+
+
+def _shift(weight: Tensor, rebuilt: Tensor, moments: _Pair | None, mean: Tensor) -> Tensor:
+    """``W E[x] - W_hat E[z]``."""
+    before, after = (mean, mean) if moments is None else (moments.mean_x, moments.mean_z)
+    return _response(weight, before) - _response(rebuilt, after)
+
+
+def _response(weight: Tensor, mean: Tensor) -> Tensor:
+    """``W m`` of a weight (g o, i, ...) for means (n) or (g, n), flat."""
+    columns = mean.reshape(-1, mean.shape[-1], 1)
+    return (weight.reshape(len(columns), -1, columns.shape[1]) @ columns).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """``E[x z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows."""
+
+    cross: Tensor
+    own: Tensor
+    mean_x: Tensor
+    mean_z: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, site: Site, activations: Sequence[Tensor]) -> _Pair:
+        groups, _, width = site.matrix
+        cross, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
+        sums = torch.zeros(2, groups, width, dtype=torch.float64)
+        half, count = len(activations) // 2, 0
+        for seed, (x, z) in enumerate(zip(activations[:half], activations[half:], strict=True)):
+            for dense, new in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
+                a, b = dense.float().movedim(1, 0), new.float().movedim(1, 0)
+                good = torch.isfinite(a).all(2).all(0) & torch.isfinite(b).all(2).all(0)
+                a, b = (a, b) if bool(good.all()) else (a[:, good], b[:, good])
+                cross += (a.mT @ b).cpu()
+                own += (b.mT @ b).cpu()
+                sums += torch.stack([a.sum(1, dtype=torch.float64), b.sum(1, dtype=torch.float64)]).cpu()
+                count += a.shape[1]
+        mean_x, mean_z = sums / count
+        return cls(cross / count, own / count, mean_x, mean_z, count)
+
+    def target(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
+        """The weight B to fit, and the metric to fit it in."""
+        cross, own = self.cross, self.own
+        if metric.mean is not None:
+            cross = cross - self.mean_x[:, :, None] * self.mean_z[:, None]
+            own = own - self.mean_z[:, :, None] * self.mean_z[:, None]
+            own.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
+        stable = shrunk(own, self.rows)
+        mean = own.diagonal(dim1=-2, dim2=-1).mean(-1)
+        damped = stable + torch.diag_embed((_RIDGE * mean + (mean == 0))[:, None].expand(-1, own.shape[-1]))
+        dense = weight.reshape(len(own), -1, own.shape[-1])
+        change = torch.linalg.solve(damped, (dense @ (cross - own)).mT).mT
+        second = stable if metric.second_moment is None else stable.reshape(metric.second_moment.shape)
+        mean_z = None if metric.mean is None else self.mean_z.reshape(metric.mean.shape)
+        return (dense + change).reshape(weight.shape), replace(metric, second_moment=second, mean=mean_z)

@@ -1,0 +1,138 @@
+"""Fits on the inputs that the sites before, already cut, give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdc
+from tdc.frontends.lockstep import Meet, in_step
+from tdc.frontends.nn import NnProgram
+from tdc.frontends.program import Change
+from tdc.ir import Site
+from tdc.testing import random_cnn, random_mlp, random_site, random_weight
+
+
+def deep(generator: torch.Generator) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layer = nn.Linear(32, 32)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(32, 32, generator=generator) / 3)
+        layers += [layer, nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).eval()
+
+
+def changed(model: nn.Module, small: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        dense = model(x)
+        return float((small(x) - dense).square().sum() / dense.square().sum())
+
+
+def test_the_output_of_a_deep_model_changes_less_on_other_data() -> None:
+    generator = torch.Generator().manual_seed(1)
+    model, data = deep(generator), torch.randn(3000, 32, generator=generator)
+    batches = list(data[:2000].split(250))
+    known = tdc.calibrate(model, batches, progress=False)
+    options: dict[str, Any] = {"budget": "params=0.6", "statistics": known, "allow": "pivoted", "progress": False}
+    plain = tdc.compress(model, (data[:2],), **options)
+    anchored = tdc.compress(model, (data[:2],), calibration=batches, **options)
+    assert tdc.report(plain).sites[3].ranks == tdc.report(anchored).sites[3].ranks
+    assert changed(model, anchored, data[2000:]) < 0.9 * changed(model, plain, data[2000:])
+
+
+def test_a_convolutional_model_with_folded_normalisations_changes_less_too() -> None:
+    generator = torch.Generator().manual_seed(2)
+    model, data = random_cnn(), torch.randn(192, 3, 16, 16, generator=generator)
+    batches = list(data[:128].split(32))
+    known = tdc.calibrate(model, batches, progress=False)
+    options: dict[str, Any] = {"budget": "params=0.5", "statistics": known, "progress": False}
+    plain = tdc.compress(model, (data[:2],), **options)
+    anchored = tdc.compress(model, (data[:2],), calibration=batches, **options)
+    assert changed(model, anchored, data[128:]) < changed(model, plain, data[128:])
+
+
+def test_iterators_anchor_like_lists_and_the_model_is_left_as_it_was() -> None:
+    model, data = random_mlp((24, 40, 32, 16)), torch.randn(400, 24)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = list(data.split(100))
+    pair = [
+        tdc.compress(model, budget="params=0.6", calibration=given, progress=False)
+        for given in (batches, iter(batches))
+    ]
+    states = [small.state_dict() for small in pair]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_changing_run_sees_the_change_and_a_dense_one_does_not() -> None:
+    model, x = random_mlp((6, 5, 4)), torch.randn(3, 6)
+    program = NnProgram(model, (x,))
+    sites, (batch,) = program.sites()[0], program.batches([(x,)])
+    seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def visit(site: Site, activations: Any) -> Change | None:
+        seen.append((site.order, *(a.clone() for a in activations)))
+        return Change(torch.zeros(5, 6), torch.ones(5)) if site.order == 0 else None
+
+    assert program.lockstep([batch], sites, visit) == ""
+    assert [order for order, *_ in seen] == [0, 1]
+    assert torch.equal(seen[0][1], seen[0][2])
+    hidden = torch.relu(model[0].bias + 1).detach()
+    assert torch.allclose(seen[1][2], hidden.expand(3, 5))
+    assert torch.allclose(seen[1][1], torch.relu(model[0](x)))
+
+
+def site(order: int) -> Site:
+    return random_site(random_weight(3, 2), order=order)
+
+
+def test_runs_in_different_orders_are_given_up_and_leave_no_thread() -> None:
+    import threading
+
+    def work(orders: list[int]) -> Any:
+        return lambda meet: [meet(site(order), torch.zeros(1, 2)) for order in orders]
+
+    before = threading.active_count()
+    visited: list[int] = []
+    reason = in_step([work([0, 1]), work([0, 2])], lambda s, _: visited.append(s.order))
+    assert "one order" in reason
+    assert visited == [0]
+    assert "one order" in in_step([work([0, 1]), work([0])], lambda s, _: None)
+    assert in_step([work([0, 1]), work([0, 1])], lambda s, _: None) == ""
+    assert threading.active_count() == before
+
+
+def test_a_failing_run_raises_what_it_raised() -> None:
+    def work(meet: Meet) -> None:
+        meet(site(0), torch.zeros(1, 2))
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        in_step([work, work], lambda s, _: None)
+    with pytest.raises(ZeroDivisionError):
+        in_step([work, work], lambda s, _: 1 / 0)  # type: ignore[arg-type, return-value]
+
+
+def test_a_model_whose_runs_take_other_ways_is_fitted_without_and_says_so() -> None:
+    class Forks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x[0, 0] > 0:
+                return self.second(self.first(x).tanh())
+            return self.first(self.second(x).tanh())
+
+    x = torch.randn(64, 24)
+    batches = [x.abs(), -x.abs()]
+    small = tdc.compress(Forks().eval(), budget="params=0.6", calibration=batches, progress=False)
+    report = tdc.report(small)
+    assert report.replaced == 2
+    assert any("do not reach the sites in one order" in remark.reason for remark in report.remarks)
