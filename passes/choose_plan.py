@@ -17,7 +17,8 @@ __all__ = ["ChoosePlan"]
 
 @dataclass(frozen=True)
 class ChoosePlan(Pass):
-    """``loss = sensitivity * error`` is minimised over all sites within one budget (allocation ``lagrangian``).
+    """``loss = sensitivity * error`` is minimised over all sites within one budget (allocation ``lagrangian``); how far
+    the choice can be above the least possible loss stands in the plan.
 
     Sites that came out dense are then compressed where that is as good, within the band of the prediction. With
     ``uniform`` every site takes its most accurate candidate within the same fraction of its own dense cost.
@@ -32,10 +33,11 @@ class ChoosePlan(Pass):
         budget = Budget.parse(unit.options.budget)
         rows = [unit.candidates[site.order] for site in unit.sites]
         if unit.options.allocation == "uniform":
-            taken = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget)
+            taken, bound = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget), None
         else:
             options = [[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows]
-            taken = prefer_compressed(options, allocate(options, budget))
+            found = allocate(options, budget)
+            taken, bound = prefer_compressed(options, found.chosen), float(f"{found.bound:.6g}")
         picked = [row[k] for row, k in zip(rows, taken, strict=True)]
         remarks = [_kept_dense(c) for c, row in zip(picked, rows, strict=True) if c.is_dense and len(row) > 1]
         unit = unit.remarking(*remarks)
@@ -47,6 +49,7 @@ class ChoosePlan(Pass):
             budget=str(budget),
             allocation=unit.options.allocation,
             seed=unit.options.seed,
+            bound=bound,
             remarks=unit.remarks,
         )
         return unit.having(plan=plan)

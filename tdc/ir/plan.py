@@ -88,6 +88,8 @@ class Plan:
     allocation: str = "lagrangian"
     seed: int = 0
     remarks: tuple[Remark, ...] = ()
+    bound: float | None = None
+    """No choice among the candidates within the budget is predicted to lose less than this; None if it is not known."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan) or self._head() != other._head():
@@ -125,6 +127,8 @@ class Plan:
         head: dict[str, Any] = {"format": _FORMAT, "version": PLAN_VERSION}
         for key in _HEAD:
             head[key] = getattr(self, key)
+        if self.bound is not None:
+            head["bound"] = self.bound
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         rows = {"sites": [_candidate_out(c) for c in self.choices], "remarks": [_remark_out(r) for r in self.remarks]}
         for key, items in rows.items():
@@ -143,7 +147,7 @@ class Plan:
             raise PlanError(f'not a TDC plan: the key "format" must be "{_FORMAT}"')
         if data.get("version") != PLAN_VERSION:
             raise PlanError(f"plan version {data.get('version')!r} cannot be read: this TDC reads {PLAN_VERSION}")
-        if unknown := sorted(set(data) - {"format", "version", "sites", "remarks", *_HEAD}):
+        if unknown := sorted(set(data) - {"format", "version", "sites", "remarks", "bound", *_HEAD}):
             raise PlanError(f"unknown keys in the plan: {unknown}")
         if data.get("metric", "weight") not in METRICS:
             raise PlanError(f"the plan's metric must be one of {', '.join(METRICS)}; got {data.get('metric')!r}")
@@ -153,6 +157,7 @@ class Plan:
             head: dict[str, Any] = {
                 key: _whole(data[key]) if key == "seed" else str(data[key]) for key in _HEAD if key in data
             }
+            head["bound"] = None if data.get("bound") is None else _finite(data["bound"])
             remarks = tuple(Remark(str(r["site"]), str(r["stage"]), str(r["reason"])) for r in data.get("remarks", []))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan lacks or misspells {error}") from error

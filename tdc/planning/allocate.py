@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ..errors import BudgetError
 from ..ir import Cost
 from .budget import Budget
+from .knapsack import multiple_choice
 
-__all__ = ["Option", "allocate", "allocate_uniform", "prefer_compressed"]
+__all__ = ["Allocation", "Option", "allocate", "allocate_uniform", "prefer_compressed"]
 
 _BISECTIONS = 200
 _ROUNDS = 60
@@ -27,7 +28,15 @@ class Option:
     loss: float
 
 
-def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
+@dataclass(frozen=True)
+class Allocation:
+    """``chosen``: for every site the index of its option. ``bound``: no choice within the budget has less loss."""
+
+    chosen: list[int]
+    bound: float
+
+
+def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> Allocation:
     """For every site the index of the option to take: least total loss within the budget.
 
     ``minimise sum_s loss_s(k_s)  subject to  sum_s cost_s(k_s) <= keep * dense`` for every quantity of the budget.
@@ -35,7 +44,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
     each site takes the option of least ``loss + price * cost``, which reaches the vertices of the lower convex hull
     of its options; the price is bisected, and the budget left over is then spent on the steps of greatest loss saved
     per cost (Everett 1963; Shoham and Gersho 1988). With several quantities the weights of the price move towards the
-    one that is exceeded most.
+    one that is exceeded most; with one, the choice is made the best one (:mod:`.knapsack`).
 
     Raises BudgetError with the nearest reachable budget if even the cheapest options exceed it.
     """
@@ -44,8 +53,10 @@ def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
     _check_reachable(options, budget, dense)
     weights = {key: 1.0 / len(allowed) for key in allowed}
     best: list[int] | None = None
+    bound, multiplier = 0.0, 0.0
     for _ in range(_ROUNDS if len(allowed) > 1 else 1):
-        chosen = _least_price(options, _price_of(allowed, weights))
+        chosen, multiplier, below = _least_price(options, _price_of(allowed, weights))
+        bound = max(bound, below)
         over = {key: _total(options, chosen, key) / limit for key, limit in allowed.items()}
         if max(over.values()) <= 1 and (best is None or _loss(options, chosen) < _loss(options, best)):
             best = chosen
@@ -54,7 +65,14 @@ def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> list[int]:
         weights = {key: weight / scale for key, weight in weights.items()}
     if best is None:
         best = _cheapest(options, allowed)
-    return _fill(options, best, allowed)
+    chosen = _fill(options, best, allowed)
+    if len(allowed) == 1:
+        (key, limit), *_ = allowed.items()
+        rows = [[getattr(option.cost, key) for option in site] for site in options]
+        losses = [[option.loss for option in site] for site in options]
+        chosen, below = multiple_choice(rows, losses, limit, multiplier / limit, chosen)
+        bound = max(bound, below)
+    return Allocation(chosen, bound)
 
 
 def _price_of(allowed: Mapping[str, float], weights: Mapping[str, float]) -> Callable[[Cost], float]:
@@ -64,8 +82,10 @@ def _price_of(allowed: Mapping[str, float], weights: Mapping[str, float]) -> Cal
     return price
 
 
-def _least_price(options: Sequence[Sequence[Option]], price: Callable[[Cost], float]) -> list[int]:
-    """The hull solution: the smallest multiplier whose choice costs at most 1 in the normalised price."""
+def _least_price(options: Sequence[Sequence[Option]], price: Callable[[Cost], float]) -> tuple[list[int], float, float]:
+    """The hull solution: the smallest multiplier whose choice costs at most 1 in the normalised price; that multiplier,
+    and the Lagrangian bound of the loss that it gives.
+    """
     priced = [[price(option.cost) for option in site] for site in options]
 
     def choose(multiplier: float) -> tuple[list[int], float]:
@@ -75,9 +95,12 @@ def _least_price(options: Sequence[Sequence[Option]], price: Callable[[Cost], fl
         ]
         return chosen, sum(row[k] for row, k in zip(priced, chosen, strict=True))
 
+    def bound(multiplier: float, chosen: list[int], total: float) -> float:
+        return _loss(options, chosen) + multiplier * (total - 1)
+
     chosen, total = choose(0.0)
     if total <= 1:
-        return chosen
+        return chosen, 0.0, bound(0.0, chosen, total)
     low, high = 0.0, 1.0
     while choose(high)[1] > 1 and high < 1e30:
         low, high = high, high * 4
@@ -89,7 +112,8 @@ def _least_price(options: Sequence[Sequence[Option]], price: Callable[[Cost], fl
             high = middle
         else:
             low = middle
-    return choose(high)[0]
+    chosen, total = choose(high)
+    return chosen, high, bound(high, chosen, total)
 
 
 def _fill(options: Sequence[Sequence[Option]], chosen: list[int], allowed: Mapping[str, float]) -> list[int]:
