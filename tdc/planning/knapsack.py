@@ -41,7 +41,7 @@ def multiple_choice(
         return best, min(bound, least)
     kept = [np.flatnonzero(row - row.min() <= room) for row in priced]
     order = sorted(range(len(kept)), key=lambda s: len(kept[s]))
-    rest = np.array([min(costs[s][k] for k in kept[s]) for s in order] + [0.0])[::-1].cumsum()[::-1]
+    rest = np.array([min(costs[s][int(k)] for k in kept[s]) for s in order] + [0.0])[::-1].cumsum()[::-1]
     spent, lost, reduced = (np.zeros(1) for _ in range(3))
     trail: list[tuple[np.ndarray, np.ndarray]] = []
     for place, s in enumerate(order):
