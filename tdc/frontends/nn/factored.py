@@ -101,7 +101,7 @@ class Factored(nn.Module):
             return built(shape, factors, dict(self.block.sizes))
         state = [(id(f), f.data_ptr(), -1 if f.is_inference() else f._version) for f in factors.values()]
         if self.__dict__.get("_kept", (None,))[0] != state:
-            self.__dict__["_kept"] = (state, built(shape, factors, dict(self.block.sizes)))
+            self.__dict__["_kept"] = (state, built(shape, factors, dict(self.block.sizes)).contiguous())
         kept: Tensor = self.__dict__["_kept"][1]
         return kept
 
