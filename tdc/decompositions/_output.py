@@ -1,7 +1,7 @@
 """The output side of the metric: ``tr(G D S D^T)`` as the metric of another weight, ``tr(D' S D'^T)`` of ``D' = R D``.
 
-With ``R = G^1/2`` the weight ``R W`` is fitted in the metric of the input alone, and ``R^-1`` goes into the factor that
-holds the outputs. That is the optimum wherever the equation has a factor with all outputs in one axis, which takes up
+With ``G = R^T R`` (Cholesky) the weight ``R W`` is fitted in the metric of the input alone, and ``R^-1`` goes into the
+factor that holds the outputs. That is the optimum wherever the equation has a factor with all outputs in one axis, which takes up
 any matrix from the left; formats that split the outputs are fitted in the metric of the input.
 """
 
@@ -43,16 +43,14 @@ def whitened(weight: Tensor, metric: Metric) -> Whitened:
     version = 0 if weight.is_inference() else weight._version
     if _last is not None and _last[0] is weight and _last[1] == version and _last[2] is metric:
         return _last[3]
-    values, vectors = torch.linalg.eigh(metric.gradient.reshape(-1, *metric.gradient.shape[-2:]))
-    sides = [(vectors * values[:, None] ** power) @ vectors.mT for power in (0.5, -0.5)]
+    root = torch.linalg.cholesky(metric.gradient.reshape(-1, *metric.gradient.shape[-2:])).mT
+    groups, outputs, _ = root.shape
     moment = metric.output_moment
-    if moment is not None:
-        moment = sides[0] @ moment @ sides[0]
     found = Whitened(
-        (sides[0] @ weight.reshape(len(values), values.shape[1], -1)).reshape(weight.shape),
-        replace(metric, gradient=None, output_moment=moment),
+        (root @ weight.reshape(groups, outputs, -1)).reshape(weight.shape),
+        replace(metric, gradient=None, output_moment=None if moment is None else root @ moment @ root.mT),
         replace(metric, gradient=None),
-        sides[1],
+        torch.linalg.solve_triangular(root, torch.eye(outputs, dtype=root.dtype).expand_as(root), upper=True),
     )
     _last = (weight, version, metric, found)
     return found

@@ -59,11 +59,12 @@ def fisher_of(axes: Axes, **options: Any) -> Metric:
 
 
 def measured(weight: Tensor, found: Tensor, axes: Axes, metric: Metric) -> float:
-    """``tr(G D S D^T)`` as the error of ``L^T D`` in S, with ``G = L L^T``: by Cholesky, where fits take the root."""
+    """``tr(G D S D^T)`` as the error of ``Q D`` in S, with ``G = Q Q``: the symmetric root, where fits take Cholesky's."""
     assert metric.gradient is not None
     groups = axes.get("g", 1)
-    lower = torch.linalg.cholesky(metric.gradient.reshape(groups, axes["o"], axes["o"]))
-    sides = [(lower.mT @ w.reshape(groups, axes["o"], -1)).reshape(w.shape) for w in (weight, found)]
+    values, vectors = torch.linalg.eigh(metric.gradient.reshape(groups, axes["o"], axes["o"]))
+    root = (vectors * values.sqrt()[:, None]) @ vectors.mT
+    sides = [(root @ w.reshape(groups, axes["o"], -1)).reshape(w.shape) for w in (weight, found)]
     return relative_error(sides[0], sides[1], replace(metric, gradient=None), groups)
 
 
