@@ -17,6 +17,7 @@ from .api import (  # noqa: E402
     compress_export,
     compress_onnx,
     densify,
+    heal,
     load,
     pareto,
     plan,
@@ -35,6 +36,7 @@ from .errors import (  # noqa: E402
 )
 from .front import Front  # noqa: E402
 from .frontends.nn import FactoredConv, FactoredLinear  # noqa: E402
+from .heal import Heal  # noqa: E402
 from .ir import Plan  # noqa: E402
 from .report import Report  # noqa: E402
 from .statistics import Statistics  # noqa: E402
@@ -48,6 +50,7 @@ __all__ = [
     "FactoredConv",
     "FactoredLinear",
     "Front",
+    "Heal",
     "ModelError",
     "OptionError",
     "Plan",
@@ -61,6 +64,7 @@ __all__ = [
     "compress_export",
     "compress_onnx",
     "densify",
+    "heal",
     "load",
     "pareto",
     "plan",

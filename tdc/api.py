@@ -15,16 +15,16 @@ from . import targets
 from ._common import Names, checked_options, new_unit, peeked, realized, reported
 from .archive import RECORD, load, note_in_config, save, stored_report
 from .errors import BudgetError, DestinationError, ModelError, OptionError
-from .front import Front
+from .front import Front, front_of
 from .frontends.nn import Factored, NnProgram
-from .ir import Plan, Remark
+from .heal import Heal, heal, healed
+from .ir import Plan
 from .options import Options
 from .passes.base import Unit
 from .passes.calibrate import Calibrate
-from .passes.choose_plan import ChoosePlan
 from .passes.find_sites import FindSites
 from .passes.group_sites import GroupSites
-from .passes.pipeline import CHOOSING, PLANNING, PROPOSING, Pipeline
+from .passes.pipeline import PLANNING, PROPOSING, Pipeline
 from .report import Report
 from .statistics import Statistics
 
@@ -39,6 +39,7 @@ __all__ = [
     "compress_export",
     "compress_onnx",
     "densify",
+    "heal",
     "load",
     "pareto",
     "plan",
@@ -149,8 +150,8 @@ def pareto(
 ) -> Front:
     """The plans for several budgets, with the loss that each is predicted to cause; layouts are proposed once for all.
 
-    ``compress(model, plan=front[k])`` cuts one of them. Arguments as for :func:`compress`; ``budgets``: by default
-    nine, that keep nine to one tenths of the parameters. A budget that cannot be reached is left out, with a remark.
+    Arguments as for :func:`compress`, which cuts one by ``plan=front[k]``; ``budgets``: by default nine, that keep nine
+    to one tenths of the parameters. One that cannot be reached is left out, with a remark.
 
     Raises:
         BudgetError: a budget that cannot be read, no budget, or none that can be reached.
@@ -162,19 +163,7 @@ def pareto(
     example, calibration = peeked(example_inputs, calibration)
     each = [checked_options(b, metric, target, allow, exclude, allocation, seed, progress) for b in wanted]
     unit = Pipeline(PROPOSING).run(new_unit(_open(model, example), each[0], calibration, statistics, probe))
-    plans, refused = [], []
-    for options in each:
-        try:
-            made = Pipeline(CHOOSING).run(unit.having(options=options)).plan
-        except BudgetError as error:
-            refused.append(Remark("", ChoosePlan.name, str(error)))
-            continue
-        assert made is not None
-        plans.append(made)
-    if not plans:
-        raise BudgetError("; ".join(remark.reason for remark in refused))
-    plans.sort(key=lambda made: (-made.cost.params, made.loss))
-    return Front(tuple(plans), tuple(refused))
+    return front_of(unit, each)
 
 
 def compress(
@@ -191,6 +180,7 @@ def compress(
     exclude: Names = (),
     allocation: str = "lagrangian",
     probe: Any = None,
+    heal: bool | Heal = False,
     seed: int = 0,
     progress: bool = True,
     inplace: bool = False,
@@ -211,6 +201,7 @@ def compress(
         exclude: names of sites or modules, or shell patterns, that stay dense.
         allocation: ``lagrangian`` (one budget over all sites) or ``uniform`` (each site keeps the same fraction).
         probe: batches for the sensitivities, see :func:`calibrate`.
+        heal: train the factors on the calibration data, without labels: True, or a :class:`Heal`; see :func:`heal`.
         seed: recorded in the plan; same input, options and seed give the same factors.
         progress, inplace: show a bar on work over two seconds; replace modules in ``model`` itself, all or none.
 
@@ -222,10 +213,7 @@ def compress(
         CalibrationError, PlanError: data, statistics or a plan that cannot be read or do not fit the model.
         ModelError, OptionError: not a module, or no site in it; unknown names or values.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"compress takes a torch.nn.Module; got {type(model).__name__} (for ONNX files: compress_onnx)"
-        )
+    _check_module(model, heal, calibration, inplace)
     example, calibration = peeked(example_inputs, calibration)
     options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
     program = _open(model, example, inplace=inplace)
@@ -233,10 +221,21 @@ def compress(
     unit = realized(new_unit(program, options, calibration, statistics, probe), plan)
     small: M = unit.result
     assert unit.plan is not None
-    made = reported(unit, before, NnProgram(small, example).cost())
-    small.__dict__[RECORD] = (made, unit.plan)
-    note_in_config(small, (made, unit.plan))
+    small.__dict__[RECORD] = (reported(unit, before, NnProgram(small, example).cost()), unit.plan)
+    if heal:
+        healed(small, model, unit.anchors, heal if isinstance(heal, Heal) else Heal(seed=seed), progress=progress)
+    note_in_config(small, small.__dict__[RECORD])
     return small
+
+
+def _check_module(model: object, heal: object, calibration: object, inplace: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"compress takes a torch.nn.Module; got {type(model).__name__} (for ONNX files: compress_onnx)"
+        )
+    if heal and (calibration is None or inplace):
+        needed = "the dense model, which inplace=True changes" if inplace else "calibration data: give calibration="
+        raise OptionError(f"heal= needs {needed}")
 
 
 def compress_onnx(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from .errors import BudgetError
 from .ir import Plan, Remark
 from .ir.text import format_table
+from .options import Options
+from .passes.base import Unit
+from .passes.choose_plan import ChoosePlan
+from .passes.pipeline import CHOOSING, Pipeline
 
-__all__ = ["Front"]
+__all__ = ["Front", "front_of"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,23 @@ class Front:
 def _share(plan: Plan, quantity: str) -> str:
     dense = getattr(plan.dense_cost, quantity)
     return f"{getattr(plan.cost, quantity) / dense if dense else 1.0:.4f}"
+
+
+def front_of(unit: Unit, options: Sequence[Options]) -> Front:
+    """A plan for the budget of each of the options, from the candidates of the unit.
+
+    Raises BudgetError if none of them can be reached.
+    """
+    plans, refused = [], []
+    for each in options:
+        try:
+            made = Pipeline(CHOOSING).run(unit.having(options=each)).plan
+        except BudgetError as error:
+            refused.append(Remark("", ChoosePlan.name, str(error)))
+            continue
+        assert made is not None
+        plans.append(made)
+    if not plans:
+        raise BudgetError("; ".join(remark.reason for remark in refused))
+    plans.sort(key=lambda made: (-made.cost.params, made.loss))
+    return Front(tuple(plans), tuple(refused))

@@ -13,6 +13,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     # name: (parameters that may be given by position, some that must be given by name)
     "calibrate": (("model", "batches"), set()),
     "plan": (("model", "example_inputs"), {"budget", "statistics"}),
+    "heal": (("small", "model", "batches"), {"config", "progress"}),
     "pareto": (("model", "example_inputs"), {"budgets", "statistics"}),
     "compress": (
         ("model", "example_inputs"),
@@ -39,7 +40,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "wait": (("compiled",), {"timeout"}),
     "refresh": (("compiled",), set()),
 }
-CLASSES = {"Front", "Plan", "Report", "Statistics"}
+CLASSES = {"Front", "Heal", "Plan", "Report", "Statistics"}
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
 
 

@@ -1,8 +1,8 @@
 """The output side of the metric: ``tr(G D S D^T)`` as the metric of another weight, ``tr(D' S D'^T)`` of ``D' = R D``.
 
 With ``G = R^T R`` (Cholesky) the weight ``R W`` is fitted in the metric of the input alone, and ``R^-1`` goes into the
-factor that holds the outputs. That is the optimum wherever the equation has a factor with all outputs in one axis, which takes up
-any matrix from the left; formats that split the outputs are fitted in the metric of the input.
+factor that holds the outputs. That is the optimum wherever the equation has a factor with all outputs in one axis,
+which takes up any matrix from the left; formats that split the outputs are fitted in the metric of the input.
 """
 
 from __future__ import annotations

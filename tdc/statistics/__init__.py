@@ -1,6 +1,6 @@
 """What calibration gathers: second moments of inputs, and how much each site's error moves the model's output."""
 
-from .divergence import Probe, divergence, logits_among
+from .divergence import Probe, divergence, divergence_of, logits_among
 from .moments import WIDEST, Collector, Gradients, Moments
 from .store import SiteStatistics, Statistics, damped, shrunk
 
@@ -14,6 +14,7 @@ __all__ = [
     "Statistics",
     "damped",
     "divergence",
+    "divergence_of",
     "logits_among",
     "shrunk",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 
-__all__ = ["Probe", "divergence", "logits_among"]
+__all__ = ["Probe", "divergence", "divergence_of", "logits_among"]
 
 LOGITS = "logits"
 _CONFIDENT = 0.5
@@ -38,11 +38,16 @@ def divergence(reference: Mapping[str, Tensor], moved: Mapping[str, Tensor], log
     ``KL(softmax(ref) || softmax(moved))`` in nats over all positions of it alone. Else the mean over outputs of
     ``||moved - ref||^2 / ||ref||^2``. Raises CalibrationError if there is no floating output.
     """
+    return float(divergence_of(reference, moved, logits))
+
+
+def divergence_of(reference: Mapping[str, Tensor], moved: Mapping[str, Tensor], logits: str | None) -> Tensor:
+    """The same as a float64 tensor that can be differentiated by ``moved``."""
     if logits is not None and logits in reference:
         return _kl(reference[logits], moved[logits])
     if not reference:
         raise CalibrationError("the model has no floating output whose change could be measured")
-    return sum(_relative(reference[name], moved[name]) for name in reference) / len(reference)
+    return torch.stack([_relative(reference[name], moved[name]) for name in reference]).mean()
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,12 @@ class Probe:
         return torch.stack(terms).sum()
 
 
-def _kl(reference: Tensor, moved: Tensor) -> float:
+def _kl(reference: Tensor, moved: Tensor) -> Tensor:
     p, q = torch.log_softmax(reference.float(), -1), torch.log_softmax(moved.float(), -1)
-    return float((p.exp() * (p - q)).sum(-1).double().mean())
+    return (p.exp() * (p - q)).sum(-1).double().mean()
 
 
-def _relative(reference: Tensor, moved: Tensor) -> float:
-    total = float(reference.double().square().sum())
-    change = float((moved.double() - reference.double()).square().sum())
-    return change / total if total > 0 else change
+def _relative(reference: Tensor, moved: Tensor) -> Tensor:
+    total = reference.double().square().sum()
+    change = (moved.double() - reference.double()).square().sum()
+    return change / total if float(total) > 0 else change

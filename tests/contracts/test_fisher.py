@@ -59,7 +59,7 @@ def fisher_of(axes: Axes, **options: Any) -> Metric:
 
 
 def measured(weight: Tensor, found: Tensor, axes: Axes, metric: Metric) -> float:
-    """``tr(G D S D^T)`` as the error of ``Q D`` in S, with ``G = Q Q``: the symmetric root, where fits take Cholesky's."""
+    """``tr(G D S D^T)`` as the error of ``Q D`` in S, ``G = Q Q``: the symmetric root, where fits take Cholesky's."""
     assert metric.gradient is not None
     groups = axes.get("g", 1)
     values, vectors = torch.linalg.eigh(metric.gradient.reshape(groups, axes["o"], axes["o"]))

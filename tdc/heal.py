@@ -1,0 +1,301 @@
+"""Healing: a compressed module learns from the dense one on unlabeled data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .archive import RECORD
+from .errors import CalibrationError, ModelError, OptionError
+from .files import atomic_write, checked_destination
+from .frontends.graph import floating_outputs
+from .frontends.nn import Factored
+from .frontends.nn.batches import Call, as_calls
+from .frontends.nn.running import evaluation
+from .frontends.program import head, is_usable
+from .ir import Remark
+from .progress import counted
+from .statistics import divergence_of, logits_among
+
+__all__ = ["Heal", "heal"]
+
+_FORMAT = "tdc-heal"
+_WARM = 0.05
+_CLIP = 1.0
+_LEAST_GAIN = 1e-3
+
+
+@dataclass(frozen=True)
+class Heal:
+    """How to heal.
+
+    ``epochs``: at most, fewer where ``patience`` of them in a row bring nothing on the held-out part. ``rate``: the
+    first steps move the entries of a parameter by this fraction of its root mean square. ``examples``: in a step,
+    larger batches are cut. ``held_out``: the fraction of the steps' data that nothing is learnt from. ``checkpoint``: a
+    file, written after each epoch, from which the same work goes on after an interruption; removed at the end.
+    """
+
+    epochs: int = 20
+    rate: float = 2e-4
+    examples: int = 32
+    held_out: float = 0.1
+    patience: int = 4
+    seed: int = 0
+    checkpoint: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [
+            name
+            for name, good in (
+                ("epochs", self.epochs >= 1),
+                ("rate", 0 < self.rate < 1),
+                ("examples", self.examples >= 1),
+                ("held_out", 0 < self.held_out <= 0.5),
+                ("patience", self.patience >= 1),
+            )
+            if not good
+        ]
+        if wrong:
+            raise OptionError(f"Heal: {', '.join(f'{n}={getattr(self, n)!r}' for n in wrong)} is out of range")
+        if self.checkpoint is not None:
+            checked_destination(self.checkpoint)
+
+
+def heal(
+    small: nn.Module, model: nn.Module, batches: Any, *, config: Heal | None = None, progress: bool = True
+) -> nn.Module:
+    """Train the factors of ``small``, the biases beside them and the gains of normalisations, in place, so that its
+    outputs come nearer to those of the dense ``model`` on ``batches``; no labels.
+
+    Minimised is the divergence of the outputs (see :func:`tdc.statistics.divergence`), by Adam with a cosine schedule.
+    The parameters of the epoch that was best on the held-out part are kept; where none beats the start, ``small`` stays
+    as it was. The report of ``small`` gets a remark with both figures. Data as for :func:`tdc.calibrate`; at least two
+    steps of it.
+
+    Returns:
+        ``small``.
+
+    Raises:
+        ModelError: ``small`` has no factored layer, its parameters are not float32 or float64, or the outputs of the
+            two models do not correspond.
+        CalibrationError: data that the models cannot run on, or too little of it.
+        OptionError: a checkpoint that belongs to other work.
+    """
+    return healed(small, model, list(as_calls(model, batches)), config or Heal(), progress=progress)
+
+
+def healed(small: nn.Module, model: nn.Module, calls: Sequence[Call], config: Heal, *, progress: bool) -> nn.Module:
+    """The same for batches as positional and keyword arguments."""
+    steps = [part for call in calls if is_usable(call) for part in _parts(call, config.examples)]
+    apart = max(1, round(config.held_out * len(steps)))
+    if len(steps) < 2:
+        raise CalibrationError(
+            f"healing needs at least 2 steps of {config.examples} examples; the data has {len(steps)}"
+        )
+    order = torch.randperm(len(steps), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    work = _Work(small, model, [steps[k] for k in order[apart:]], [steps[k] for k in order[:apart]], config)
+    with evaluation(model), evaluation(small), work.trained():
+        before, after, epochs = work.run(progress)
+    kept = f"{before:.4g} -> {after:.4g}" if after < before else f"{before:.4g}, and none of the epochs was better"
+    _note(small, f"divergence of the outputs on {apart} of {len(steps)} held-out steps: {kept}; {epochs} epochs")
+    return small
+
+
+def _note(small: nn.Module, reason: str) -> None:
+    record = small.__dict__.get(RECORD)
+    if record is not None:
+        made, plan = record
+        small.__dict__[RECORD] = (replace(made, remarks=(*made.remarks, Remark("", "heal", reason))), plan)
+
+
+def _parts(call: Call, examples: int) -> Iterator[Call]:
+    """The batch in pieces along its first axis, where all its tensors have the same length there."""
+    args, kwargs = call
+    lengths = {len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim}
+    if len(lengths) != 1 or max(lengths) <= examples:
+        yield call
+        return
+    for start in range(0, max(lengths), examples):
+        yield head(_from(args, start), examples), head(_from(kwargs, start), examples)
+
+
+def _from(batch: Any, start: int) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _from(value, start) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_from(value, start) for value in batch)
+    return batch[start:] if isinstance(batch, Tensor) and batch.ndim else batch
+
+
+class _Work:
+    """The state of one healing: parameters, Adam, and the best parameters so far."""
+
+    def __init__(
+        self, small: nn.Module, model: nn.Module, steps: Sequence[Call], apart: Sequence[Call], config: Heal
+    ) -> None:
+        self.small, self.model, self.steps, self.apart, self.config = small, model, steps, apart, config
+        self.parameters = _trainable(small)
+        scale = {name: max(float(p.detach().square().mean().sqrt()), 1e-8) for name, p in self.parameters.items()}
+        groups = [{"params": [p], "lr": config.rate * scale[name]} for name, p in self.parameters.items()]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.logits: str | None = None
+        self.done, self.start, self.least, self.stale = 0, math.inf, math.inf, 0
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @contextmanager
+    def trained(self) -> Iterator[None]:
+        """Gradients of just these parameters inside; flags and gradients of all are as before after it."""
+        every = [*self.small.parameters()]
+        flags = [p.requires_grad for p in every]
+        own = {id(p) for p in self.parameters.values()}
+        try:
+            for p in every:
+                p.requires_grad_(id(p) in own)
+            yield
+        finally:
+            for p, flag in zip(every, flags, strict=True):
+                p.requires_grad_(flag)
+                p.grad = None
+
+    def run(self, progress: bool) -> tuple[float, float, int]:
+        """Divergences on the held-out part before and after, and the number of epochs."""
+        self.logits = logits_among(self._outputs(self.model, self.steps[0]))
+        self.start = self.least = self.validated()
+        self._resume()
+        total = self.config.epochs * len(self.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _cosine(total))
+        with counted("healing", total, show=progress) as advance:
+            for _ in range(self.done * len(self.steps)):
+                schedule.step()
+                advance()
+            while self.done < self.config.epochs and self.stale < self.config.patience:
+                self._epoch(schedule, advance)
+                self._keep()
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(self.best[name])
+        if self.config.checkpoint is not None:
+            Path(self.config.checkpoint).unlink(missing_ok=True)
+        return self.start, self.least, self.done
+
+    def _epoch(self, schedule: Any, advance: Callable[[], None]) -> None:
+        generator = torch.Generator().manual_seed(self.config.seed * 1000 + self.done)
+        for k in torch.randperm(len(self.steps), generator=generator).tolist():
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                loss = self._loss(self.steps[k])
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
+            self.optimizer.step()
+            schedule.step()
+            advance()
+        self.done += 1
+
+    def _keep(self) -> None:
+        value = self.validated()
+        if value < self.least * (1 - _LEAST_GAIN):
+            self.least, self.stale = value, 0
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        else:
+            self.stale += 1
+        if self.config.checkpoint is not None:
+            self._save(Path(self.config.checkpoint))
+
+    def validated(self) -> float:
+        with torch.no_grad():
+            return sum(float(self._loss(call)) for call in self.apart) / len(self.apart)
+
+    def _loss(self, call: Call) -> Tensor:
+        with torch.no_grad():
+            wanted = self._outputs(self.model, call)
+        given = self._outputs(self.small, call)
+        if wanted.keys() != given.keys() or any(wanted[name].shape != given[name].shape for name in wanted):
+            raise ModelError(
+                "the two models do not give the same outputs: is the dense model that of the compressed one?"
+            )
+        return divergence_of(wanted, given, self.logits)
+
+    def _outputs(self, model: nn.Module, call: Call) -> dict[str, Tensor]:
+        args, kwargs = call
+        try:
+            return floating_outputs(model(*args, **kwargs))
+        except Exception as error:
+            raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
+
+    # ---- checkpoints
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        config = {key: value for key, value in asdict(self.config).items() if key != "checkpoint"}
+        shapes = {name: list(p.shape) for name, p in self.parameters.items()}
+        return {"format": _FORMAT, "config": config, "steps": len(self.steps), "shapes": shapes, "start": self.start}
+
+    def _save(self, path: Path) -> None:
+        from safetensors.torch import save
+
+        tensors = {f"best/{name}": value for name, value in self.best.items()}
+        for name, p in self.parameters.items():
+            tensors[f"now/{name}"] = p.detach()
+            state = self.optimizer.state[p]
+            tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        place = {"done": self.done, "least": self.least, "stale": self.stale}
+        head_ = {"tdc": json.dumps({**self._identity, **place})}
+        atomic_write(path, save({name: value.contiguous().cpu() for name, value in tensors.items()}, metadata=head_))
+
+    def _resume(self) -> None:
+        path = self.config.checkpoint
+        if path is None or not Path(path).exists():
+            return
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                found = json.loads((file.metadata() or {}).get("tdc", "{}"))
+                if {key: found.get(key) for key in self._identity} != self._identity:
+                    raise OptionError(f"the checkpoint {path} belongs to other work: remove it, or name another file")
+                self.done, self.least, self.stale = (found[key] for key in ("done", "least", "stale"))
+                with torch.no_grad():
+                    for name, p in self.parameters.items():
+                        p.copy_(file.get_tensor(f"now/{name}"))
+                        self.best[name] = file.get_tensor(f"best/{name}").to(p.device)
+                        self.optimizer.state[p] = {
+                            key: file.get_tensor(f"{key}/{name}").to(p.device if key != "step" else "cpu")
+                            for key in ("exp_avg", "exp_avg_sq", "step")
+                        }
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise OptionError(f"the checkpoint {path} cannot be read: {error}") from error
+
+
+def _trainable(small: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of factored layers, and gains and biases of normalisations."""
+    layers = {path for path, module in small.named_modules() if isinstance(module, Factored)}
+    if not layers:
+        raise ModelError("the model has no factored layer: nothing to heal")
+    layers |= {path for path, module in small.named_modules() if type(module).__name__.endswith("Norm")}
+    layers |= {path for path, module in small.named_modules() if "BatchNorm" in type(module).__name__}
+    found = {
+        name: p for name, p in small.named_parameters() if name.rpartition(".")[0] in layers and p.is_floating_point()
+    }
+    if odd := sorted({str(p.dtype) for p in found.values()} - {"torch.float32", "torch.float64"}):
+        raise ModelError(f"healing needs parameters in float32 or float64; these are {', '.join(odd)}")
+    return found
+
+
+def _cosine(total: int) -> Callable[[int], float]:
+    """Up from zero over the first twentieth of the steps, and down to zero on a half wave."""
+    warm = max(1, round(_WARM * total))
+
+    def rate(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+
+    return rate

@@ -1,0 +1,151 @@
+"""A compressed module learns from the dense one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdc
+from tdc.errors import CalibrationError, ModelError, OptionError
+from tdc.frontends.graph import floating_outputs
+from tdc.statistics import divergence
+from tdc.testing import random_cnn
+
+GENERATOR = torch.Generator().manual_seed(3)
+DATA = torch.randn(640, 24, generator=GENERATOR)
+TRAIN, TEST = DATA[:512], DATA[512:]
+CONFIG = tdc.Heal(epochs=20, rate=3e-3, examples=16, patience=20)
+
+
+def model() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(4)
+    layers: list[nn.Module] = [nn.Linear(24, 48), nn.Tanh(), nn.LayerNorm(48), nn.Linear(48, 48), nn.Tanh()]
+    made = nn.Sequential(*layers, nn.Linear(48, 10)).eval()
+    with torch.no_grad():
+        for layer in made:
+            if isinstance(layer, nn.Linear):
+                width = layer.in_features
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * 1.5 / width**0.5)
+                layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator) / 2)
+    return made
+
+
+def small_of(dense: nn.Module, **options: Any) -> nn.Module:
+    return tdc.compress(dense, budget="params=0.6", calibration=list(TRAIN.split(128)), progress=False, **options)
+
+
+def change(dense: nn.Module, small: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return divergence(floating_outputs(dense(x)), floating_outputs(small(x)))
+
+
+def test_healing_brings_the_outputs_nearer_on_data_that_it_has_not_seen() -> None:
+    dense = model()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    cut = small_of(dense)
+    cured = small_of(dense, heal=CONFIG)
+    assert change(dense, cured, TEST) < 0.85 * change(dense, cut, TEST)
+    remark = tdc.report(cured).remarks[-1]
+    assert remark.stage == "heal"
+    assert "->" in remark.reason
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in (*dense.parameters(), *cured.parameters()))
+    with torch.no_grad():
+        changed = [n for n, p in cured.named_parameters() if not torch.equal(p, cut.get_parameter(n))]
+    assert {"2.weight", "2.bias"} < set(changed)
+
+
+def test_healing_by_itself_is_that_of_compress_and_repeats_to_the_bit(tmp_path: Path) -> None:
+    dense = model()
+    cured = small_of(dense, heal=CONFIG)
+    other = small_of(dense)
+    assert tdc.heal(other, dense, TRAIN.split(128), config=CONFIG, progress=False) is other
+    pairs = zip(cured.state_dict().values(), other.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    tdc.save(cured, tmp_path / "cured.tdc")
+    again = tdc.load(tmp_path / "cured.tdc", model())
+    assert torch.equal(again(TEST), cured(TEST))
+    assert tdc.report(again).remarks[-1].stage == "heal"
+
+
+def test_a_frozen_model_is_healed_and_stays_frozen() -> None:
+    dense = model().requires_grad_(False)
+    cut, cured = small_of(dense), small_of(dense, heal=CONFIG)
+    assert change(dense, cured, TEST) < change(dense, cut, TEST)
+    assert not any(p.requires_grad for p in cured.parameters())
+
+
+def test_a_model_that_cannot_be_made_better_stays_as_it_was() -> None:
+    dense = model()
+    cut = small_of(dense)
+    before = {name: value.clone() for name, value in cut.state_dict().items()}
+    tdc.heal(cut, dense, TRAIN.split(128), config=tdc.Heal(epochs=2, rate=0.9), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in cut.state_dict().items())
+    assert "none of the epochs was better" in tdc.report(cut).remarks[-1].reason
+
+
+def test_an_interrupted_healing_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, path = model(), tmp_path / "heal.safetensors"
+    config = tdc.Heal(epochs=4, rate=3e-3, patience=6, checkpoint=path)
+    other = tdc.Heal(epochs=5, rate=3e-3, patience=6, checkpoint=path)
+    whole = tdc.heal(small_of(dense), dense, TRAIN.split(128), config=config, progress=False)
+    assert not path.exists()
+    from tdc.heal import _Work
+
+    epoch = _Work._epoch
+
+    def interrupted(self: _Work, *args: Any) -> None:
+        if self.done == 2:
+            raise KeyboardInterrupt
+        epoch(self, *args)
+
+    monkeypatch.setattr(_Work, "_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tdc.heal(small_of(dense), dense, TRAIN.split(128), config=config, progress=False)
+    assert path.exists()
+    monkeypatch.setattr(_Work, "_epoch", epoch)
+    with pytest.raises(OptionError, match="belongs to other work"):
+        tdc.heal(small_of(dense), dense, TRAIN.split(128), config=other, progress=False)
+    resumed = tdc.heal(small_of(dense), dense, TRAIN.split(128), config=config, progress=False)
+    pairs = zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    path.write_bytes(b"broken")
+    with pytest.raises(OptionError, match="cannot be read"):
+        tdc.heal(small_of(dense), dense, TRAIN.split(128), config=config, progress=False)
+
+
+def test_a_convolutional_model_is_healed() -> None:
+    dense, images = random_cnn(bias=True), torch.randn(96, 3, 16, 16, generator=GENERATOR)
+    options: dict[str, Any] = {"budget": "params=0.08", "calibration": [images[:64]], "progress": False}
+    cut = tdc.compress(dense, **options)
+    cured = tdc.compress(dense, heal=tdc.Heal(epochs=8, rate=2e-3, examples=8, patience=8), **options)
+    assert change(dense, cured, images[64:]) < change(dense, cut, images[64:])
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"rate": 0.0}, {"examples": 0}, {"held_out": 0.9}, {"patience": 0}])
+def test_a_wrong_configuration_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(wrong))}="):
+        tdc.Heal(**wrong)
+
+
+def test_what_cannot_be_healed_is_refused() -> None:
+    dense = model()
+    cut = small_of(dense)
+    with pytest.raises(ModelError, match="no factored layer"):
+        tdc.heal(model(), dense, [TRAIN], progress=False)
+    with pytest.raises(CalibrationError, match="at least 2 steps"):
+        tdc.heal(cut, dense, [TRAIN[:8]], progress=False)
+    with pytest.raises(CalibrationError, match="cannot run on a batch"):
+        tdc.heal(cut, dense, [torch.randn(64, 7)], progress=False)
+    with pytest.raises(ModelError, match="do not give the same outputs"):
+        tdc.heal(cut, nn.Sequential(nn.Linear(24, 3)).eval(), [TRAIN], progress=False)
+    with pytest.raises(ModelError, match="float32 or float64"):
+        tdc.heal(small_of(dense).bfloat16(), dense, [TRAIN], progress=False)
+    with pytest.raises(OptionError, match="heal= needs calibration data"):
+        tdc.compress(dense, (TRAIN,), budget="params=0.5", heal=True, progress=False)
+    with pytest.raises(OptionError, match="heal= needs the dense model"):
+        tdc.compress(dense, budget="params=0.5", calibration=[TRAIN], heal=True, inplace=True, progress=False)
