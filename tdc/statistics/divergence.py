@@ -55,8 +55,9 @@ class Probe:
     """A loss whose gradients have the second moment by which the divergence grows, to second order.
 
     Of logits: the cross entropy, summed over positions, with labels that are drawn from the model's own softmax (the
-    Fisher information). Of other outputs: ``sum_k <v_k, y_k> / ||y_k||`` with standard normal v, so that the squared
-    gradients are ``||dy_k||^2 / ||y_k||^2`` in the mean over v (Hutchinson's estimator).
+    Fisher information). Of other outputs: ``sqrt(n) sum_k <v_k, y_k> / ||y_k||`` with standard normal v, so that the
+    squared gradients are ``n ||dy_k||^2 / ||y_k||^2`` in the mean over v (Hutchinson's estimator); n, the number of
+    outputs, keeps them in the range of half precision.
     """
 
     logits: str | None
@@ -70,9 +71,10 @@ class Probe:
             labels = torch.multinomial(probabilities.nan_to_num(), 1, generator=generator)[:, 0]
             return torch.nn.functional.cross_entropy(rows, labels.to(rows.device), reduction="sum")
         terms = []
+        scale = sum(values.numel() for values in outputs.values()) ** 0.5
         for values in outputs.values():
             norm = values.detach().double().norm().clamp(min=torch.finfo(torch.float64).tiny)
-            random = torch.randn(values.shape, generator=generator, dtype=torch.float64) / norm.cpu()
+            random = scale * torch.randn(values.shape, generator=generator, dtype=torch.float64) / norm.cpu()
             terms.append((values * random.to(values)).sum())
         return torch.stack(terms).sum()
 

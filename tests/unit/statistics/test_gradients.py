@@ -42,13 +42,13 @@ def test_the_gradients_of_sampled_labels_have_the_fisher_information_as_moment()
 
 
 def test_random_directions_have_the_relative_change_as_moment() -> None:
-    """``E[g g^T] = I / ||y||^2`` for one output y."""
+    """``E[g g^T] = n I / ||y||^2`` for one output y of n numbers."""
     outputs = {"y": torch.arange(1.0, 5.0, dtype=torch.float64).requires_grad_()}
     total = torch.zeros(4, 4, dtype=torch.float64)
     for seed in range(2000):
         (gradient,) = torch.autograd.grad(Probe(None, seed)(outputs), outputs["y"])
         total += torch.outer(gradient, gradient) / 2000
-    assert torch.allclose(total * 30, torch.eye(4, dtype=torch.float64), atol=0.15)
+    assert torch.allclose(total * 30 / 4, torch.eye(4, dtype=torch.float64), atol=0.15)
 
 
 def test_the_same_seed_gives_the_same_loss() -> None:
