@@ -74,6 +74,7 @@ class Anchored:
     overflown: set[int] = field(default_factory=set)
     anchored: set[int] = field(default_factory=set)
     _changes: dict[int, Change] = field(default_factory=dict)
+    _last: tuple[list[tuple[int, int]], tuple[Tensor, ...], _Pair] | None = None
 
     def __call__(self, site: Site, activations: Sequence[Tensor]) -> Change | None:
         choice = self.planned.get(site.order)
@@ -83,7 +84,7 @@ class Anchored:
         double, moments = weight.double(), None
         metric = self.metric(site, double)
         if activations and self._changes and can_anchor(self.known.get(site.order), site):
-            moments = _Pair.of(site, activations)
+            moments = self._moments(site, activations)
             double, metric = moments.target(double, metric)
             self.anchored.add(site.order)
         factors, rebuilt = self.fitted(choice, double, metric)
@@ -97,6 +98,13 @@ class Anchored:
             self.shifts[site.order] = shift
         self._changes[site.order] = change = Change(rebuilt.to(weight.dtype), shift)
         return change
+
+    def _moments(self, site: Site, activations: Sequence[Tensor]) -> _Pair:
+        """Worked out once for linear sites that read the same activations one after the other."""
+        state = [(id(a), a._version) for a in activations]
+        if site.kind.is_conv or self._last is None or self._last[0] != state:
+            self._last = (state, tuple(activations), _Pair.of(site, activations))
+        return self._last[2]
 
 
 def _shift(weight: Tensor, rebuilt: Tensor, moments: _Pair | None, mean: Tensor) -> Tensor:
