@@ -86,7 +86,7 @@ class Program(Protocol):
         """Run the dense model on one batch forwards and backwards, and hand the gradient of ``loss(outputs)`` in every
         use's output to ``tap``, that behind the normalisation where one is folded into the site.
 
-        Returns why it cannot be done; '' where it was. Raises CalibrationError if the model cannot run on the batch.
+        Returns why it cannot be done; '' where it was.
         """
 
     def lockstep(self, batches: Sequence[Any], sites: Iterable[Site], visit: Any) -> str:

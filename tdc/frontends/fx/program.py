@@ -187,7 +187,10 @@ class FxProgram:
                 marks |= {node: _marked(site, tap) for node in behind}
         self.pause()
         bound = self.bounds[place]
-        return str(bound.run(values, marks=marks, after=lambda out: run_backward(loss, bound.captured.label(out))))
+        try:
+            return str(bound.run(values, marks=marks, after=lambda out: run_backward(loss, bound.captured.label(out))))
+        except CalibrationError as error:  # it runs without gradients: the moments were gathered
+            return str(error)
 
     def lockstep(self, batches: Sequence[Batch], sites: Iterable[Site], visit: Visit) -> str:
         wanted = list(sites)

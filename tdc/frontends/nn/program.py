@@ -190,7 +190,10 @@ class NnProgram:
             return marked
 
         with evaluation(self.model), untrained(self.model), hooks(watched, hook), torch.enable_grad():
-            outputs = floating_outputs(self._forward(batch))
+            try:
+                outputs = floating_outputs(self._forward(batch))
+            except CalibrationError as error:  # it runs without gradients: the moments were gathered
+                return str(error)
             return run_backward(loss, outputs)
 
     def lockstep(self, batches: Sequence[Call], sites: Iterable[Site], visit: Visit) -> str:

@@ -94,7 +94,7 @@ def hooks(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[No
 @contextmanager
 def untrained(model: nn.Module) -> Iterator[None]:
     """No gradients of parameters inside."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
