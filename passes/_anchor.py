@@ -16,7 +16,7 @@ from tdc.statistics.patches import input_rows
 
 from .base import Unit
 
-__all__ = ["Anchored", "anchors_of", "can_anchor"]
+__all__ = ["Anchored", "anchors_of"]
 
 _RIDGE = 1e-2
 _MEMORY = 3 << 30
@@ -29,7 +29,7 @@ Fitted = Callable[[Candidate, Tensor, Metric], tuple[Mapping[str, Tensor], Tenso
 no factors where they overflow."""
 
 
-def can_anchor(entry: SiteStatistics | None, site: Site) -> bool:
+def _can_anchor(entry: SiteStatistics | None, site: Site) -> bool:
     """Whether the inputs of the site are known, and it is met once."""
     return entry is not None and entry.side == "input" and site.uses == 1
 
@@ -83,7 +83,7 @@ class Anchored:
         weight = self.unit.program.weight(site)
         double, moments = weight.double(), None
         metric = self.metric(site, double)
-        if activations and self._changes and can_anchor(self.known.get(site.order), site):
+        if activations and self._changes and _can_anchor(self.known.get(site.order), site):
             moments = self._moments(site, activations)
             double, metric = moments.target(double, metric)
             self.anchored.add(site.order)

@@ -179,11 +179,9 @@ class _Backwards:
     def kept(self, entries: Sequence[SiteStatistics]) -> tuple[tuple[SiteStatistics, ...], tuple[Tensor, ...]]:
         """The entries with the places of their gradients, and those; none if it failed on the way."""
         sums = {} if self.failed else {o: s for o, s in self.gradients.sums.items() if s.rows}
-        orders = [entry.site.order for entry in entries if entry.site.order in sums]
-        found = [(sums[order].total / sums[order].rows).float() for order in orders]
-        conv = {entry.site.order: entry.site.kind.is_conv for entry in entries}
-        stored = tuple(g if conv[order] else g[0] for order, g in zip(orders, found, strict=True))
-        places = {order: k for k, order in enumerate(orders)}
+        sites = [entry.site for entry in entries if entry.site.order in sums]
+        places = {site.order: k for k, site in enumerate(sites)}
+        stored = tuple(_stored(sums[site.order], site)[0] for site in sites)
         return tuple(replace(entry, gradient=places.get(entry.site.order)) for entry in entries), stored
 
 

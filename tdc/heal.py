@@ -279,8 +279,7 @@ def _trainable(small: nn.Module) -> dict[str, nn.Parameter]:
     layers = {path for path, module in small.named_modules() if isinstance(module, Factored)}
     if not layers:
         raise ModelError("the model has no factored layer: nothing to heal")
-    layers |= {path for path, module in small.named_modules() if type(module).__name__.endswith("Norm")}
-    layers |= {path for path, module in small.named_modules() if "BatchNorm" in type(module).__name__}
+    layers |= {path for path, module in small.named_modules() if "Norm" in type(module).__name__}
     found = {
         name: p for name, p in small.named_parameters() if name.rpartition(".")[0] in layers and p.is_floating_point()
     }

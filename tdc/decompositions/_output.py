@@ -89,8 +89,10 @@ def fit(decomposition: Decomposition, weight: Tensor, layout: Layout, metric: Me
         name = _holder(piece, layout)
         assert name is not None
         if name not in changed:
-            pivoted = name in layout.rebuild.pivots
-            changed |= (_repivoted if pivoted else _multiplied)(factors, layout, piece, name, new.back)
+            if name in layout.rebuild.pivots:
+                changed |= _repivoted(factors, layout, piece, name, new.back)
+            else:
+                changed[name] = _along("o", new.back, factors[name], name, layout)
     return {**factors, **changed}
 
 
@@ -109,19 +111,9 @@ def errors(
     return decomposition.errors(weight, axes, new.plain, lattice, variant)
 
 
-def _multiplied(factors: Factors, layout: Layout, piece: Piece, name: str, back: Tensor) -> dict[str, Tensor]:
-    """The factor ``name`` with R^-1 taken in along its outputs."""
-    term = layout.rebuild.factors[name]
-    sizes = [layout.axes[axis] for axis in term.axes]
-    whole = _with_groups(factors[name].reshape(sizes), term.axes)
-    order = whole.movedim(1 + _place(term.axes, "o"), 1)
-    new = (back @ order.flatten(2)).reshape(order.shape).movedim(1, 1 + _place(term.axes, "o"))
-    return {name: _without_groups(new, term.axes).reshape(layout.shapes[name]).contiguous()}
-
-
 def _repivoted(factors: Factors, layout: Layout, piece: Piece, name: str, back: Tensor) -> dict[str, Tensor]:
-    """The same of a factor without its identity block: ``R^-1 U = stack M`` with new pivots; M goes to the factor that
-    shares the rank.
+    """R^-1 taken in by a factor U without its identity block: ``R^-1 U = stack M`` with new pivots; M goes to the factor
+    that shares the rank.
     """
     pivot = layout.rebuild.pivots[name]
     term = layout.rebuild.factors[name]
@@ -130,25 +122,25 @@ def _repivoted(factors: Factors, layout: Layout, piece: Piece, name: str, back: 
     rows, coef, place = pivoted_rows(torch.linalg.qr(spread).Q)
     change = spread.gather(1, rows[:, :, None].expand(-1, -1, spread.shape[2]))
     pairs = zip(piece.operands, piece.equation.inputs, strict=True)
-    other, axes = next((n, t.axes) for n, t in pairs if n != name and pivot.rank in t.axes)
-    whole = _with_groups(factors[other].reshape([layout.axes[axis] for axis in axes]), axes)
-    order = whole.movedim(1 + _place(axes, pivot.rank), 1)
-    new = (change @ order.flatten(2)).reshape(order.shape).movedim(1, 1 + _place(axes, pivot.rank))
+    other = next(n for n, t in pairs if n != name and pivot.rank in t.axes)
     return {
         name: coef.reshape(layout.shapes[name]),
         pivot.index: place.reshape(layout.shapes[pivot.index]),
-        other: _without_groups(new, axes).reshape(layout.shapes[other]).contiguous(),
+        other: _along(pivot.rank, change, factors[other], other, layout),
     }
 
 
-def _place(axes: Sequence[str], axis: str) -> int:
-    return [a for a in axes if a != "g"].index(axis)
+def _along(axis: str, matrix: Tensor, factor: Tensor, name: str, layout: Layout) -> Tensor:
+    """A stored factor multiplied with ``matrix`` (g, n, n) along one of its axes, of size n."""
+    axes = layout.rebuild.factors[name].axes
+    whole = _with_groups(factor.reshape([layout.axes[a] for a in axes]), axes)
+    place = 1 + [a for a in axes if a != "g"].index(axis)
+    order = whole.movedim(place, 1)
+    new = (matrix @ order.flatten(2)).reshape(order.shape).movedim(1, place)
+    new = new.movedim(0, axes.index("g")) if "g" in axes else new[0]
+    return new.reshape(layout.shapes[name]).contiguous()
 
 
 def _with_groups(tensor: Tensor, axes: Sequence[str]) -> Tensor:
     """Groups first, of size one where the factor has none."""
     return tensor.movedim(axes.index("g"), 0) if "g" in axes else tensor[None]
-
-
-def _without_groups(tensor: Tensor, axes: Sequence[str]) -> Tensor:
-    return tensor.movedim(0, axes.index("g")) if "g" in axes else tensor[0]

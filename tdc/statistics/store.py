@@ -30,8 +30,8 @@ class SiteStatistics:
     """What is known of one site: which second moment is its input's, over how many rows, and how much its error
     matters.
 
-    ``sensitivity`` is the change of the model's output per unit of relative squared error of the site (see
-    :func:`tdc.calibrate`). ``side``: ``output`` where the moment is that of the outputs ``W x`` of a very wide
+    ``sensitivity`` is the change of the model's output per unit of relative squared error of the site, in the best
+    metric of the statistics (see :func:`tdc.calibrate`). ``side``: ``output`` where the moment is that of the outputs ``W x`` of a very wide
     convolution. ``seen``: rows or positions in all batches, also those that were not sampled. ``lengths``: (axis,
     input, output) of each window axis, summed over the batches.
     """
