@@ -112,8 +112,8 @@ def errors(
 
 
 def _repivoted(factors: Factors, layout: Layout, piece: Piece, name: str, back: Tensor) -> dict[str, Tensor]:
-    """R^-1 taken in by a factor U without its identity block: ``R^-1 U = stack M`` with new pivots; M goes to the factor
-    that shares the rank.
+    """R^-1 taken in by a factor U without its identity block: ``R^-1 U = stack M`` with new pivots; M goes to the
+    factor that shares the rank.
     """
     pivot = layout.rebuild.pivots[name]
     term = layout.rebuild.factors[name]

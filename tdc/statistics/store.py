@@ -31,9 +31,9 @@ class SiteStatistics:
     matters.
 
     ``sensitivity`` is the change of the model's output per unit of relative squared error of the site, in the best
-    metric of the statistics (see :func:`tdc.calibrate`). ``side``: ``output`` where the moment is that of the outputs ``W x`` of a very wide
-    convolution. ``seen``: rows or positions in all batches, also those that were not sampled. ``lengths``: (axis,
-    input, output) of each window axis, summed over the batches.
+    metric of the statistics (see :func:`tdc.calibrate`). ``side``: ``output`` where the moment is that of the outputs
+    ``W x`` of a very wide convolution. ``seen``: rows or positions in all batches, also those that were not sampled.
+    ``lengths``: (axis, input, output) of each window axis, summed over the batches.
     """
 
     site: Site
