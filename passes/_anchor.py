@@ -19,6 +19,8 @@ from .base import Unit
 __all__ = ["Anchored", "anchors_of"]
 
 _RIDGE = 1e-2
+_ROUNDING = 1e3
+"""Units of the last place by which inputs may differ and still be taken for the same."""
 _MEMORY = 3 << 30
 """Bytes that the activations of all runs may take together, about."""
 _LIVE = 4
@@ -57,10 +59,10 @@ class Anchored:
     """Visits the sites in the order in which the batches reach them; fits those that are planned.
 
     With x the input of a site in the dense model and z that in the model that is cut up to there, the weight to fit is
-    the least-squares solution of ``B z = W x``, ``B = W + W (E[x z^T] - E[z z^T]) (E[z z^T] + ridge)^-1``, in the
+    the least-squares solution of ``B z = W x``, ``B = W + W E[(x - z) z^T] (E[z z^T] + ridge)^-1``, in the
     metric of ``E[z z^T]``: so ``E ||W x - W_hat z||^2`` is least (AA-SVD, 2026). The ridge, 1 % of the mean of the
-    diagonal, draws B to W. Where a site has a bias it takes up the means, ``b + W E[x] - W_hat E[z]``. Before the first
-    cut x and z are the same, and B is W.
+    diagonal, draws B to W. Where a site has a bias it takes up the means, ``b + W E[x] - W_hat E[z]``. Where x and z
+    are the same, up to rounding, B is W.
     """
 
     unit: Unit
@@ -85,6 +87,7 @@ class Anchored:
         metric = self.metric(site, double)
         if activations and self._changes and _can_anchor(self.known.get(site.order), site):
             moments = self._moments(site, activations)
+        if moments is not None and moments.moved:
             double, metric = moments.target(double, metric)
             self.anchored.add(site.order)
         factors, rebuilt = self.fitted(choice, double, metric)
@@ -93,8 +96,9 @@ class Anchored:
             self.overflown.add(site.order)
             return None
         self.factors[site.order] = factors
-        shift = None if metric.mean is None else _shift(weight.double(), rebuilt, moments, metric.mean)
-        if shift is not None and moments is not None:
+        anchor = moments if site.order in self.anchored else None
+        shift = None if metric.mean is None else _shift(weight.double(), rebuilt, anchor, metric.mean)
+        if shift is not None and anchor is not None:
             self.shifts[site.order] = shift
         self._changes[site.order] = change = Change(rebuilt.to(weight.dtype), shift)
         return change
@@ -121,44 +125,50 @@ def _response(weight: Tensor, mean: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """``E[x z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows."""
+    """``E[(x - z) z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows."""
 
-    cross: Tensor
+    drift: Tensor
     own: Tensor
     mean_x: Tensor
     mean_z: Tensor
     rows: int
+    moved: bool
+    """Whether x and z differ by more than rounding."""
 
     @classmethod
     def of(cls, site: Site, activations: Sequence[Tensor]) -> _Pair:
         groups, _, width = site.matrix
-        cross, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
+        drift, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
         sums = torch.zeros(2, groups, width, dtype=torch.float64)
-        half, count = len(activations) // 2, 0
+        half, count, apart, total, exact = len(activations) // 2, 0, 0.0, 0.0, torch.float32
         for seed, (x, z) in enumerate(zip(activations[:half], activations[half:], strict=True)):
             for dense, new in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
-                a, b = dense.float().movedim(1, 0), new.float().movedim(1, 0)
+                exact = dense.dtype if dense.dtype == torch.float64 else torch.float32
+                a, b = dense.to(exact).movedim(1, 0), new.to(exact).movedim(1, 0)
                 good = torch.isfinite(a).all(2).all(0) & torch.isfinite(b).all(2).all(0)
                 a, b = (a, b) if bool(good.all()) else (a[:, good], b[:, good])
-                cross += (a.mT @ b).cpu()
+                between = a - b
+                apart, total = apart + float(between.square().sum()), total + float(a.square().sum())
+                drift += (between.mT @ b).cpu()
                 own += (b.mT @ b).cpu()
                 sums += torch.stack([a.sum(1, dtype=torch.float64), b.sum(1, dtype=torch.float64)]).cpu()
                 count += a.shape[1]
-        mean_x, mean_z = sums / count
-        return cls(cross / count, own / count, mean_x, mean_z, count)
+        mean_x, mean_z = sums / max(count, 1)
+        moved = apart > (_ROUNDING * torch.finfo(exact).eps) ** 2 * total
+        return cls(drift / max(count, 1), own / max(count, 1), mean_x, mean_z, count, moved)
 
     def target(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         """The weight B to fit, and the metric to fit it in."""
-        cross, own = self.cross, self.own
+        drift, own = self.drift, self.own
         if metric.mean is not None:
-            cross = cross - self.mean_x[:, :, None] * self.mean_z[:, None]
+            drift = drift - (self.mean_x - self.mean_z)[:, :, None] * self.mean_z[:, None]
             own = own - self.mean_z[:, :, None] * self.mean_z[:, None]
             own.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
         stable = shrunk(own, self.rows)
         mean = own.diagonal(dim1=-2, dim2=-1).mean(-1)
         damped = stable + torch.diag_embed((_RIDGE * mean + (mean == 0))[:, None].expand(-1, own.shape[-1]))
         dense = weight.reshape(len(own), -1, own.shape[-1])
-        change = torch.linalg.solve(damped, (dense @ (cross - own)).mT).mT
+        change = torch.linalg.solve(damped, (dense @ drift).mT).mT
         second = stable if metric.second_moment is None else stable.reshape(metric.second_moment.shape)
         mean_z = None if metric.mean is None else self.mean_z.reshape(metric.mean.shape)
         return (dense + change).reshape(weight.shape), replace(metric, second_moment=second, mean=mean_z)

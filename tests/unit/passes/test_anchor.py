@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tdc.frontends.lockstep import Meet, in_step
 from tdc.frontends.nn import NnProgram
 from tdc.frontends.program import Change
 from tdc.ir import Site
+from tdc.passes._anchor import _Pair
 from tdc.testing import random_cnn, random_mlp, random_site, random_weight
 
 
@@ -86,6 +88,28 @@ def test_a_changing_run_sees_the_change_and_a_dense_one_does_not() -> None:
     hidden = torch.relu(model[0].bias + 1).detach()
     assert torch.allclose(seen[1][2], hidden.expand(3, 5))
     assert torch.allclose(seen[1][1], torch.relu(model[0](x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_full_rank_anchored_fits_are_exact(dtype: torch.dtype) -> None:
+    """Rounding of the layers before is no error to be fitted."""
+    model, data = random_mlp((24, 40, 32, 16), dtype=dtype), torch.randn(400, 24, dtype=dtype)
+    batches = list(data.split(100))
+    known = tdc.calibrate(model, batches, progress=False)
+    plan = tdc.plan(model, (data,), budget="params=0.9", statistics=known, allow="svd", progress=False)
+    full = [replace(c, decomposition="svd", ranks=(("r", min(c.site.axes.values())),)) for c in plan.choices]
+    options: dict[str, Any] = {"statistics": known, "calibration": batches, "progress": False}
+    small = tdc.compress(model, (data,), plan=replace(plan, choices=tuple(full)), **options)
+    bound = 1e-5 if dtype == torch.float32 else 1e-12
+    assert tdc.report(small).replaced == 3
+    assert all(site.weight_error <= bound**2 for site in tdc.report(small).sites)
+
+
+def test_batches_without_a_finite_row_in_the_cut_model_anchor_nothing() -> None:
+    given = [torch.ones(3, 2), torch.full((3, 2), float("nan"))]
+    pair = _Pair.of(site(0), given)
+    assert pair.rows == 0
+    assert not pair.moved
 
 
 def site(order: int) -> Site:
