@@ -31,8 +31,8 @@ from .base import Pass, Unit
 
 __all__ = ["Calibrate"]
 
-PROBE_ERROR = 0.03
-"""Relative squared error given to one site at a time; SmolLM2's perplexities differ by 1 % between 0.02 and 0.1."""
+PROBE_ERRORS = (0.03, 0.3)
+"""Relative squared errors given to one site at a time."""
 PROBE_EXAMPLES = 8
 _FEW_ROWS = 20
 _ANCHOR_BYTES = 256 << 20
@@ -45,9 +45,11 @@ class Calibrate(Pass):
     For each site: ``S = E[x x^T]`` and ``E[x]`` of its input (of a convolution, of the patches under its window), and
     where the door can run backwards ``G = E[g g^T]`` of the gradients of its output (see
     :class:`tdc.statistics.Probe`), in one run over all batches. Then the sensitivity, by forward runs only. The site's
-    weight alone is replaced by its low-rank optimum of relative squared error e near 0.03 in the metric, and
-    ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the probe batches: the given
-    ones, or the first eight examples of the first calibration batch. Uniform weights are worse than no allocation.
+    weight alone is replaced by its low-rank optimum of relative squared error e near 0.03 and near 0.3 in the metric,
+    and ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the probe batches: the
+    given ones, or the first eight examples of the first calibration batch. One error is not enough: the last direction
+    of a classifier moves all logits together, which changes nothing, and the others everything. Uniform weights are
+    worse than no allocation.
     """
 
     name = "calibrate"
@@ -128,10 +130,14 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
     entries = tuple(_entry(site, place[site.order], sums[place[site.order]], collector) for site in seen)
     entries, gradients = backwards.kept(entries)
     gathered = Statistics(entries, moments, means, batches, tuple(remarks), gradients)
-    weights = _sensitivities(unit, gathered, probe or _short(unit, first), backwards.logits)
+    probes = _probed(unit, gathered, probe or _short(unit, first), backwards.logits)
+    weights = [next((value for _, value in own if value > 0), 0.0) for own in probes]
     silent = [entry.site for entry, weight in zip(entries, weights, strict=True) if weight == 0]
     usual = statistics.median([weight for weight in weights if weight > 0] or [1.0])
-    entries = tuple(replace(entry, sensitivity=w or usual) for entry, w in zip(entries, weights, strict=True))
+    entries = tuple(
+        replace(entry, sensitivity=weight or usual, probes=own if weight else ())
+        for entry, weight, own in zip(entries, weights, probes, strict=True)
+    )
     if silent:
         reason = f"{len(silent)} site(s) do not change the outputs on the probe batches: taken as of median sensitivity"
         remarks.append(Remark(silent[0].name if len(silent) == 1 else "", "calibrate", reason))
@@ -248,9 +254,11 @@ def _short(unit: Unit, batch: Any) -> list[Any]:
     return [short]
 
 
-def _sensitivities(unit: Unit, gathered: Statistics, probe: Sequence[Any], logits: str | None) -> list[float]:
-    """``divergence / e`` with one site at a time replaced by its optimum of relative squared error e near
-    PROBE_ERROR.
+def _probed(
+    unit: Unit, gathered: Statistics, probe: Sequence[Any], logits: str | None
+) -> list[tuple[tuple[float, float], ...]]:
+    """For each site (error, ``divergence / error``), with it alone replaced by its optimum of relative squared errors
+    near PROBE_ERRORS; () for one without any error.
     """
     references = [unit.program.outputs(batch, {}) for batch in probe]
     found = []
@@ -260,26 +268,26 @@ def _sensitivities(unit: Unit, gathered: Statistics, probe: Sequence[Any], logit
         double = weight.double()
         metric = gathered.metric(entry, double, gathered.metric_name)
         best = optimum(double, metric, site.matrix[0])
-        rank = _probe_rank(best.tail)
-        if rank is None:
-            found.append(0.0)
-            continue
-        moved = best.approximation(rank).reshape(weight.shape)
-        change_of_site = Change(moved.to(weight.dtype), bias_shift(double - moved, metric))
-        changes = [
-            divergence(reference, unit.program.outputs(batch, {site.order: change_of_site}), logits)
-            for batch, reference in zip(probe, references, strict=True)
-        ]
-        change = sum(changes) / len(changes)
-        if not math.isfinite(change):
-            raise CalibrationError(f"the model's outputs on the probe batches are not finite (probing {site.name})")
-        found.append(float(f"{max(change, 0.0) / float(best.tail[rank]):.6g}"))
+        own = []
+        for rank in _probe_ranks(best.tail):
+            moved = best.approximation(rank).reshape(weight.shape)
+            change_of_site = Change(moved.to(weight.dtype), bias_shift(double - moved, metric))
+            changes = [
+                divergence(reference, unit.program.outputs(batch, {site.order: change_of_site}), logits)
+                for batch, reference in zip(probe, references, strict=True)
+            ]
+            change, error = sum(changes) / len(changes), float(best.tail[rank])
+            if not math.isfinite(change):
+                raise CalibrationError(f"the model's outputs on the probe batches are not finite (probing {site.name})")
+            own.append((error, float(f"{max(change, 0.0) / error:.6g}")))
+        found.append(tuple(own))
     return found
 
 
-def _probe_rank(tail: Tensor) -> int | None:
-    """The rank whose error is the first at most PROBE_ERROR, or the last one with any error; None if there is none."""
+def _probe_ranks(tail: Tensor) -> list[int]:
+    """Ranks in falling order: of each of PROBE_ERRORS the first whose error is at most that, or the last one with any
+    error; none if there is none.
+    """
     with_error = int((tail > 1e-12).sum())
-    if with_error == 0:
-        return None
-    return min(int((tail > PROBE_ERROR).sum()), with_error - 1)
+    ranks = [min(int((tail > error).sum()), with_error - 1) for error in PROBE_ERRORS] if with_error else []
+    return sorted({rank for rank in ranks if float(tail[rank]) <= 1}, reverse=True)

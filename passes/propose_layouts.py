@@ -161,6 +161,8 @@ def _candidates(
             reason = reasons[0] if reasons else "it has no rank that stores less than dense"
             declined.append(f"{site.label}: {decomposition.name} is left out: {reason}")
         options += gains
+    if entry is not None:
+        options = [replace(c, sensitivity=float(f"{entry.sensitivity_at(c.error):.6g}")) for c in options]
     options.sort(key=lambda c: (c.cost.params, c.error, c.decomposition, c.variant))
     return (*_useful(options), dense), declined
 

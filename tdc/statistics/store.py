@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ __all__ = ["SiteStatistics", "Statistics", "damped", "shrunk"]
 _FORMAT = "tdc-statistics"
 _VERSION = 3
 _DAMPING = 0.1
+_SILENT = 1e-6
+"""Sensitivities below this fraction of that at a larger error are taken for it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class SiteStatistics:
     matters.
 
     ``sensitivity`` is the change of the model's output per unit of relative squared error of the site, in the best
-    metric of the statistics (see :func:`tdc.calibrate`). ``side``: ``output`` where the moment is that of the outputs
+    metric of the statistics (see :func:`tdc.calibrate`), at a small error; ``probes`` has (error, sensitivity) pairs,
+    in rising order, where it was measured at several. ``side``: ``output`` where the moment is that of the outputs
     ``W x`` of a very wide convolution. ``seen``: rows or positions in all batches, also those that were not sampled.
     ``lengths``: (axis, input, output) of each window axis, summed over the batches.
     """
@@ -45,6 +49,18 @@ class SiteStatistics:
     lengths: tuple[tuple[str, int, int], ...] = ()
     gradient: int | None = None
     """Which gradients are those of its outputs."""
+    probes: tuple[tuple[float, float], ...] = ()
+
+    def sensitivity_at(self, error: float) -> float:
+        """The sensitivity at a relative squared error: the change of the output is taken for a power of the error
+        between two probes, ``d = a e^p`` with p at least one half, and for linear below and above them.
+        """
+        if len(self.probes) < 2 or error <= self.probes[0][0]:
+            return self.sensitivity
+        (low, first), (high, second) = self.probes[0], self.probes[-1]
+        first, least = max(first, _SILENT * second), self.sensitivity * (low / high) ** 0.5
+        share = math.log(min(error, high) / low) / math.log(high / low)
+        return first * (max(second, least) / first) ** share if first > 0 else self.sensitivity
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -90,6 +106,7 @@ class Statistics:
                 entry.side,
                 entry.seen,
                 entry.lengths,
+                entry.probes,
             ]
             state.update(json.dumps(key).encode())
         for tensor in (*self.moments, *self.means, *self.gradients):
@@ -243,7 +260,8 @@ def damped(gradient: Tensor) -> Tensor:
 def _entry_out(entry: SiteStatistics) -> dict[str, Any]:
     fields = {"moment": entry.moment, "rows": entry.rows, "sensitivity": entry.sensitivity, "seen": entry.seen}
     conv = {"side": entry.side, "lengths": entry.lengths} if entry.site.kind.is_conv else {}
-    behind = {} if entry.gradient is None else {"gradient": entry.gradient}
+    behind: dict[str, Any] = {} if entry.gradient is None else {"gradient": entry.gradient}
+    behind |= {"probes": entry.probes} if entry.probes else {}
     return {**entry.site.to_dict(), **fields, **conv, **behind}
 
 
@@ -257,6 +275,7 @@ def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
         seen=int(row["seen"]),
         lengths=tuple((str(axis), int(before), int(after)) for axis, before, after in row.get("lengths", ())),
         gradient=int(row["gradient"]) if "gradient" in row else None,
+        probes=tuple((float(error), float(value)) for error, value in row.get("probes", ())),
     )
     possible = (
         entry.moment >= 0
@@ -265,6 +284,8 @@ def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
         and entry.seen >= entry.rows
         and entry.side in ("input", "output")
     )
+    possible = possible and all(0 < e <= 1 and 0 <= value < math.inf for e, value in entry.probes)
+    possible = possible and all(low < high for (low, _), (high, _) in pairwise(entry.probes))
     if not possible or not 0 <= entry.sensitivity < math.inf:
         raise ValueError(f"{entry.site.name} has impossible numbers")
     return entry

@@ -186,3 +186,19 @@ def test_gradients_are_saved_and_loaded(tmp_path: Any) -> None:
     assert len(again.gradients) == len(known.sites) == 5
     assert [entry.gradient for entry in again.sites] == [entry.gradient for entry in known.sites]
     np.testing.assert_array_equal(again.gradients[1].numpy(), known.gradients[1].numpy())
+
+
+def test_a_classifier_is_not_taken_for_cheap_since_its_last_direction_moves_all_logits_together() -> None:
+    """Softmax does not see what all logits share: the first probe finds nothing, the second one finds the rest."""
+    generator = torch.Generator().manual_seed(7)
+    head = nn.Linear(32, 6)
+    with torch.no_grad():
+        head.weight.copy_(2 * torch.randn(6, 32, generator=generator))
+        head.weight.sub_(head.weight.mean(0)).add_(0.05 * torch.randn(32, generator=generator))
+        head.bias.zero_()
+    known = tdc.calibrate(nn.Sequential(head).eval(), [torch.randn(512, 32, generator=generator)], progress=False)
+    (entry,) = known.sites
+    assert len(entry.probes) == 2
+    assert entry.sensitivity_at(0.3) > 100 * entry.sensitivity
+    plan = tdc.plan(nn.Sequential(head), (torch.randn(2, 32),), budget="params=0.9", statistics=known, progress=False)
+    assert plan.choices[0].sensitivity == pytest.approx(entry.sensitivity_at(plan.choices[0].error), rel=1e-5)

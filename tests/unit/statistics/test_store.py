@@ -50,6 +50,7 @@ def test_the_digest_knows_the_content_and_not_the_names() -> None:
         {"moments": (torch.eye(8),)},
         {"means": (torch.zeros(8),)},
         {"sites": (dataclasses.replace(example().sites[0], sensitivity=0.25), example().sites[1])},
+        {"sites": (dataclasses.replace(example().sites[0], probes=((0.03, 0.5),)), example().sites[1])},
         {"sites": (dataclasses.replace(example().sites[0], rows=31), example().sites[1])},
         {"sites": (dataclasses.replace(example().sites[0], seen=99), example().sites[1])},
         {"sites": (dataclasses.replace(example().sites[0], lengths=(("p", 8, 4),)), example().sites[1])},
@@ -147,3 +148,18 @@ def test_a_saved_file_plans_like_the_statistics_themselves(tmp_path: Path) -> No
     ]
     assert plans[0] == plans[1] == plans[2]
     assert known.digest in plans[0]
+
+
+def test_between_two_probes_the_change_of_the_output_is_a_power_of_the_error(tmp_path: Path) -> None:
+    known = example()
+    entry = dataclasses.replace(known.sites[0], sensitivity=0.5, probes=((0.02, 0.5), (0.32, 8.0)))
+    assert [entry.sensitivity_at(e) for e in (0.0, 0.01, 0.02)] == [0.5] * 3
+    assert entry.sensitivity_at(0.08) == pytest.approx(2.0)
+    assert [entry.sensitivity_at(e) for e in (0.32, 1.0)] == pytest.approx([8.0, 8.0])
+    falling = dataclasses.replace(entry, probes=((0.02, 0.5), (0.32, 1e-9)))
+    losses = [e * falling.sensitivity_at(e) for e in (0.01, 0.02, 0.05, 0.1, 0.32, 0.9)]
+    assert losses == sorted(losses)
+    assert known.sites[0].sensitivity_at(0.7) == known.sites[0].sensitivity
+    changed = dataclasses.replace(known, sites=(entry, known.sites[1]))
+    changed.save(tmp_path / "known")
+    assert Statistics.load(tmp_path / "known").sites == changed.sites
