@@ -142,7 +142,7 @@ class _Pair:
         sums = torch.zeros(2, groups, width, dtype=torch.float64)
         half, count, apart, total, exact = len(activations) // 2, 0, 0.0, 0.0, torch.float32
         for seed, (x, z) in enumerate(zip(activations[:half], activations[half:], strict=True)):
-            for dense, new in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
+            for (dense, _), (new, _) in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
                 exact = dense.dtype if dense.dtype == torch.float64 else torch.float32
                 a, b = dense.to(exact).movedim(1, 0), new.to(exact).movedim(1, 0)
                 good = torch.isfinite(a).all(2).all(0) & torch.isfinite(b).all(2).all(0)

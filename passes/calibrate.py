@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,7 +45,9 @@ class Calibrate(Pass):
 
     For each site: ``S = E[x x^T]`` and ``E[x]`` of its input (of a convolution, of the patches under its window), and
     where the door can run backwards ``G = E[g g^T]`` of the gradients of its output (see
-    :class:`tdc.statistics.Probe`), in one run over all batches. Then the sensitivity, by forward runs only. The site's
+    :class:`tdc.statistics.Probe`) and S and the mean with each row at its importance, ``||g||^2``
+    (:meth:`tdc.statistics.Gradients.importance`), in one run over all batches. Then the sensitivity, by forward runs
+    only. The site's
     weight alone is replaced by its low-rank optimum of relative squared error e near 0.03 and near 0.3 in the metric,
     and ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the probe batches: the
     given ones, or the first eight examples of the first calibration batch. One error is not enough: the last direction
@@ -124,10 +127,12 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
         remarks.append(
             Remark("", "calibrate", f"no output gradients, the metric is that of the inputs: {backwards.failed}")
         )
-    stored = [_stored(s, site) for s, site in ((sums[k], _first(seen, place, k)) for k in range(len(sums)))]
+    stored = [_stored(sums[k], _first(seen, place, k)) for k in range(len(sums))]
     moments, means = tuple(moment for moment, _ in stored), tuple(mean for _, mean in stored)
     probe = list(unit.program.batches(unit.probe)) if unit.probe is not None else []
     entries = tuple(_entry(site, place[site.order], sums[place[site.order]], collector) for site in seen)
+    if not backwards.failed:
+        entries, moments, means = _with_importance(entries, sums, moments, means)
     entries, gradients = backwards.kept(entries)
     gathered = Statistics(entries, moments, means, batches, tuple(remarks), gradients)
     probes = _probed(unit, gathered, probe or _short(unit, first), backwards.logits)
@@ -150,8 +155,25 @@ def _first(seen: Sequence[Site], place: Mapping[int, int], k: int) -> Site:
 
 def _stored(sums: Moments, site: Site) -> tuple[Tensor, Tensor]:
     """Moment and mean as the statistics keep them: without the axis of groups for linear sites."""
-    moment, mean = (sums.total / sums.rows).float(), (sums.sum / sums.rows).float()
+    mass = sums.mass or sums.rows
+    moment, mean = (sums.total / mass).float(), (sums.sum / mass).float()
     return (moment, mean) if site.kind.is_conv else (moment[0], mean[0])
+
+
+def _with_importance(
+    entries: Sequence[SiteStatistics], sums: Sequence[Moments], moments: Sequence[Tensor], means: Sequence[Tensor]
+) -> tuple[tuple[SiteStatistics, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The entries with the places of their moments by importance, which stand behind the others."""
+    moments, means, places = list(moments), list(means), {}
+    for k, own in enumerate(sums):
+        if own.important is not None and own.important.mass > 0:
+            first = next(entry.site for entry in entries if entry.moment == k)
+            places[k] = (len(moments), own.important.effective_rows)
+            moment, mean = _stored(own.important, first)
+            moments.append(moment)
+            means.append(mean)
+    changed = tuple(replace(entry, important=places.get(entry.moment)) for entry in entries)
+    return changed, tuple(moments), tuple(means)
 
 
 def _entry(site: Site, place: int, sums: Moments, collector: Collector) -> SiteStatistics:
@@ -169,6 +191,8 @@ class _Backwards:
     logits: str | None = None
     failed: str = ""
     count: int = 0
+    readers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """``site.order`` -> that of all sites that read the same activation."""
 
     @property
     def wanted(self) -> bool:
@@ -177,10 +201,17 @@ class _Backwards:
     def add(self, batch: Any) -> None:
         if self.count == 0:
             self.logits = logits_among(self.unit.program.outputs(batch, {}))
+            if self.wanted:
+                self.readers = _readers(self.unit, batch)
         self.count += 1
+        self.gradients.norms.clear()
         if self.wanted:
             loss = Probe(self.logits, self.unit.options.seed + self.count)
             self.failed = self.unit.program.gradients(batch, self.unit.sites, loss, self.gradients.tap)
+
+    def importance(self, site: Site) -> Tensor | None:
+        """Of the rows that the site reads in the last batch that was added."""
+        return None if self.failed else self.gradients.importance(self.readers.get(site.order, ()))
 
     def kept(self, entries: Sequence[SiteStatistics]) -> tuple[tuple[SiteStatistics, ...], tuple[Tensor, ...]]:
         """The entries with the places of their gradients, and those; none if it failed on the way."""
@@ -191,24 +222,41 @@ class _Backwards:
         return tuple(replace(entry, gradient=places.get(entry.site.order)) for entry in entries), stored
 
 
+def _readers(unit: Unit, batch: Any) -> dict[int, tuple[int, ...]]:
+    """``site.order`` -> that of all sites that read the same activation in this batch."""
+    met: list[tuple[weakref.ref[Tensor], list[int]]] = []
+
+    def tap(site: Site, activation: Tensor) -> None:
+        orders = next((orders for ref, orders in met if ref() is activation), None)
+        if orders is None:
+            met.append((weakref.ref(activation), [site.order]))
+        else:
+            orders.append(site.order)
+
+    unit.program.observe(batch, unit.sites, tap)
+    return {order: tuple(dict.fromkeys(orders)) for _, orders in met for order in orders}
+
+
 def _observe(unit: Unit, anchors: _Anchors) -> tuple[Collector, Any, int, _Backwards]:
     """Sums over all batches, the first batch with entries that are all finite, how many batches there were, and the
     output gradients.
     """
-    collector, first, count = Collector(unit.program.weight), None, 0
-    backwards = _Backwards(unit, Gradients())
+    backwards, first, count = _Backwards(unit, Gradients()), None, 0
+    collector = Collector(unit.program.weight, backwards.importance)
     try:
         length = len(unit.calibration)
     except (TypeError, NotImplementedError):  # onnxruntime's CalibrationDataReader has a length that raises
         length = None
     batches = unit.program.batches(unit.calibration)
     for batch in track(batches, "calibrating", total=length, show=unit.options.progress):
+        usable = is_usable(batch)
+        first = batch if first is None and usable else first
+        if usable:
+            backwards.add(batch)
         unit.program.observe(batch, unit.sites, collector.tap)
         collector.end_batch()
+        backwards.gradients.norms.clear()
         anchors.add(batch)
-        if is_usable(batch):
-            first = batch if first is None else first
-            backwards.add(batch)
         count += 1
     if count == 0:
         raise CalibrationError("the calibration data is empty: it gave no batch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tdc.errors import ModelError, VerificationError
+from tdc.errors import BudgetError, ModelError, VerificationError
 from tdc.ir import Candidate, Plan, Remark
 from tdc.planning.allocate import Option, allocate, allocate_uniform, prefer_compressed
 from tdc.planning.budget import Budget
@@ -31,6 +31,8 @@ class ChoosePlan(Pass):
             reasons = "; ".join(str(remark) for remark in unit.remarks[:5])
             raise ModelError(f"the model has no site that can be decomposed. {reasons}")
         budget = Budget.parse(unit.options.budget)
+        if budget.least:
+            raise BudgetError(f"the budget {budget} is met by measuring plans: it is one of tdc.plan and tdc.compress")
         rows = [unit.candidates[site.order] for site in unit.sites]
         if unit.options.allocation == "uniform":
             taken, bound = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget), None

@@ -23,12 +23,13 @@ from .lower_blocks import LowerBlocks
 from .propose_layouts import ProposeLayouts
 from .rewrite_graph import RewriteGraph
 
-__all__ = ["APPLYING", "CHOOSING", "COMPRESSING", "PLANNING", "PROPOSING", "REALIZING", "Pipeline"]
+__all__ = ["APPLYING", "CHOOSING", "COMPRESSING", "LOWERING", "PLANNING", "PROPOSING", "REALIZING", "Pipeline"]
 
 PROPOSING: tuple[Pass, ...] = (FindSites(), GroupSites(), Calibrate(), ProposeLayouts())
 CHOOSING: tuple[Pass, ...] = (ChoosePlan(), FoldPermutations())
 PLANNING = PROPOSING + CHOOSING
-REALIZING: tuple[Pass, ...] = (FitFactors(), CheckError(), LowerBlocks(), RewriteGraph())
+LOWERING: tuple[Pass, ...] = (LowerBlocks(), RewriteGraph())
+REALIZING: tuple[Pass, ...] = (FitFactors(), CheckError(), *LOWERING)
 COMPRESSING = PLANNING + REALIZING
 APPLYING = (FindSites(), GroupSites(), Calibrate(), BindPlan(), FoldPermutations(), *REALIZING)
 

@@ -21,6 +21,7 @@ class RewriteGraph(Pass):
 
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
+        unit.program.forget()
         for choice in unit.plan.choices:
             order = choice.site.order
             if order in unit.blocks:

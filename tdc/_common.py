@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import decompositions, targets
+from ._search import Goal, evaluated, searched
 from .errors import CalibrationError, OptionError
 from .ir import Cost, Plan
 from .options import Options
 from .passes.base import Pass, Unit
-from .passes.pipeline import APPLYING, COMPRESSING, Pipeline
+from .passes.pipeline import APPLYING, COMPRESSING, LOWERING, PROPOSING, Pipeline
 from .planning.budget import Budget
 from .report import Report
 from .statistics import Statistics
@@ -23,7 +24,7 @@ from .statistics import Statistics
 if TYPE_CHECKING:
     from .frontends.program import Program
 
-__all__ = ["Names", "checked_options", "new_unit", "peeked", "realized", "reported"]
+__all__ = ["Names", "checked_options", "goal_of", "new_unit", "peeked", "realized", "reported"]
 
 Names = str | Iterable[str] | None
 
@@ -67,18 +68,45 @@ def new_unit(
     return Unit(program, targets.get(options.target), options, calibration, probe, known)
 
 
-def realized(unit: Unit, plan: Plan | str | Path | None, exchange: Callable[[Pass], Pass] = lambda step: step) -> Unit:
+def realized(
+    unit: Unit,
+    plan: Plan | str | Path | None,
+    exchange: Callable[[Pass], Pass] = lambda step: step,
+    goal: Goal | None = None,
+) -> Unit:
     """The unit after planning (where no plan is given), fitting and rewriting; ``exchange`` may put another pass in the
     place of one.
     """
     if (plan is None) == (unit.options.budget is None):
         raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
+    if plan is None and Budget.parse(unit.options.budget).least:
+        unit = searched(Pipeline([exchange(step) for step in PROPOSING]).run(unit), goal, exchange)
+        return Pipeline([exchange(step) for step in LOWERING]).run(unit)
     if plan is None:
         return Pipeline([exchange(step) for step in COMPRESSING]).run(unit)
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
     target = targets.get(plan.target if unit.options.target == "auto" else unit.options.target)
     return Pipeline([exchange(step) for step in APPLYING]).run(unit.having(plan=plan, target=target))
+
+
+def goal_of(
+    options: Options, evaluate: object, drop: object, dense: Any, finished: Callable[[Any], Any]
+) -> tuple[Options, Goal | None]:
+    """The goal of ``evaluate=`` and ``metric_drop=``, if they are given, with options whose budget is to be searched.
+
+    ``finished`` makes of what :meth:`Program.finish` gives what ``evaluate`` takes, as it takes the dense model.
+    """
+    if evaluate is None and drop is None:
+        return options, None
+    budget = Budget.parse("params=min" if options.budget is None else options.budget)
+    if not budget.least or budget.loss is not None:
+        raise OptionError(
+            f"the budget {budget} and metric_drop= are two limits: give one of them (with metric_drop=, a budget such "
+            f"as 'macs=min' says of what as little as possible is to stay)"
+        )
+    goal = evaluated(evaluate, drop, dense, lambda unit: finished(Pipeline(LOWERING).run(unit).result))
+    return replace(options, budget=str(budget)), goal
 
 
 def reported(unit: Unit, before: Cost, after: Cost) -> Report:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from . import targets
-from ._common import Names, checked_options, new_unit, peeked, realized, reported
+from ._common import Names, checked_options, goal_of, new_unit, peeked, realized, reported
+from ._search import searched
 from .archive import RECORD, load, note_in_config, save, stored_report
 from .errors import BudgetError, DestinationError, ModelError, OptionError
 from .front import Front, front_of
@@ -25,6 +27,7 @@ from .passes.calibrate import Calibrate
 from .passes.find_sites import FindSites
 from .passes.group_sites import GroupSites
 from .passes.pipeline import PLANNING, PROPOSING, Pipeline
+from .planning.budget import Budget
 from .report import Report
 from .statistics import Statistics
 
@@ -72,11 +75,10 @@ def calibrate(
     Args:
         model: a module, or the path of an ONNX file.
         batches: an iterable of example inputs (tensors, tuples, dicts of keywords), a DataLoader; for ONNX anything
-        with
-            ``get_next()`` or an iterable of ``{input name: array}``. Use data like the data of use, not the test data.
-        probe: batches for the sensitivities; default the first eight examples of the first batch. Time: one forward
-        run per
-            site and probe batch.
+            with ``get_next()`` or an iterable of ``{input name: array}``. Use data like the data of use, not the test
+            data.
+        probe: batches for the sensitivities; default the first eight examples of the first batch. Time: two forward
+            runs per site and probe batch.
         metric: ``auto`` or ``fisher``: with output gradients, of a loss whose labels (or directions, where the outputs
             are no logits) are drawn at random; ``input``: without, in half of the time.
         exclude: names or shell patterns of sites to leave out.
@@ -127,7 +129,10 @@ def plan(
     example, calibration = peeked(example_inputs, calibration)
     options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
     unit = new_unit(_open(model, example), options, calibration, statistics, probe)
-    made = Pipeline(PLANNING).run(unit).plan
+    if Budget.parse(options.budget).least:
+        made = searched(Pipeline(PROPOSING).run(unit), None).plan
+    else:
+        made = Pipeline(PLANNING).run(unit).plan
     assert made is not None
     return made
 
@@ -181,6 +186,8 @@ def compress(
     allocation: str = "lagrangian",
     probe: Any = None,
     heal: bool | Heal = False,
+    evaluate: Callable[[M], float] | None = None,
+    metric_drop: float | None = None,
     seed: int = 0,
     progress: bool = True,
     inplace: bool = False,
@@ -191,7 +198,10 @@ def compress(
         model: a trained module. It is not changed, unless ``inplace``.
         example_inputs: one batch, a tuple or a dict of keywords, to trace the model; default the first batch.
         budget: what may stay, as fractions of the dense cost of the candidate sites: ``"params=0.5"``, or several,
-            ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs.
+            ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs. Or what may be lost:
+            ``"loss=0.01"`` keeps as few parameters as let the outputs move by that, measured on the probe batches, else
+            the calibration batches (nats of logits, about the fraction by which the perplexity rises; else the relative
+            squared change); ``"loss=0.01,macs=min"`` as few multiply-adds.
         calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
         metric: norm of the error: ``weight`` (Frobenius, no data), ``input`` (mean squared error of the layer's output
             on the data), ``fisher`` (weighted by the gradients of the model's loss in it), ``auto``: the best possible.
@@ -202,6 +212,8 @@ def compress(
         allocation: ``lagrangian`` (one budget over all sites) or ``uniform`` (each site keeps the same fraction).
         probe: batches for the sensitivities, see :func:`calibrate`.
         heal: train the factors on the calibration data, without labels: True, or a :class:`Heal`; see :func:`heal`.
+        evaluate, metric_drop: a function of a model, higher is better, and how much of its value may be lost: as few
+            parameters as allow that stay (budget ``"macs=min"``: multiply-adds). Called for each of up to nine models.
         seed: recorded in the plan; same input, options and seed give the same factors.
         progress, inplace: show a bar on work over two seconds; replace modules in ``model`` itself, all or none.
 
@@ -216,9 +228,12 @@ def compress(
     _check_module(model, heal, calibration, inplace)
     example, calibration = peeked(example_inputs, calibration)
     options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    if inplace and evaluate is not None:
+        raise OptionError("evaluate= compares models with the dense one, which inplace=True changes")
+    options, goal = goal_of(options, evaluate, metric_drop, model, lambda result: result)
     program = _open(model, example, inplace=inplace)
     before = program.cost()
-    unit = realized(new_unit(program, options, calibration, statistics, probe), plan)
+    unit = realized(new_unit(program, options, calibration, statistics, probe), plan, goal=goal)
     small: M = unit.result
     assert unit.plan is not None
     small.__dict__[RECORD] = (reported(unit, before, NnProgram(small, example).cost()), unit.plan)
@@ -252,6 +267,8 @@ def compress_onnx(
     exclude: Names = (),
     allocation: str = "lagrangian",
     probe: Any = None,
+    evaluate: Callable[[Path], float] | None = None,
+    metric_drop: float | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
@@ -259,7 +276,7 @@ def compress_onnx(
 
     The result is checked (onnx.checker with shape inference, an onnxruntime session) before it gets its name; a failure
     leaves nothing behind. Names, metadata, opset and all that is not replaced stay. The report is stored in the
-    metadata (``tdc.report``).
+    metadata (``tdc.report``). ``evaluate`` gets the path of a file: of the source, and of candidates.
 
     Raises:
         ModelError: a source that is not a valid ONNX model.
@@ -278,7 +295,14 @@ def compress_onnx(
     example, calibration = peeked(None, calibration)
     batch = next(program.batches([example]), None) if example is not None else None
     before = program.cost(batch)
-    unit = realized(new_unit(program, options, calibration, statistics, probe), plan)
+    with TemporaryDirectory(dir=out.parent if evaluate is not None else None) as folder:
+
+        def written(result: Any) -> Path:
+            save_model(result, candidate := Path(folder) / out.name, source=into, metadata={})
+            return candidate
+
+        options, goal = goal_of(options, evaluate, metric_drop, into, written)
+        unit = realized(new_unit(program, options, calibration, statistics, probe), plan, goal=goal)
     made = replace(reported(unit, before, OnnxProgram(unit.result, None).cost(batch)), files=(file_size(into), 0))
     save_model(unit.result, out, source=into, metadata={"tdc.report": made.to_json()})
     return stored_report(out)
@@ -297,6 +321,8 @@ def compress_export(
     exclude: Names = (),
     allocation: str = "lagrangian",
     probe: Any = None,
+    evaluate: Callable[[ExportedProgram], float] | None = None,
+    metric_drop: float | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> ExportedProgram:
@@ -318,13 +344,16 @@ def compress_export(
 
     if not isinstance(program, torch.export.ExportedProgram):
         raise ModelError(f"compress_export takes a torch.export.ExportedProgram; got {type(program).__name__}")
-    if plan is None and budget is None:
+    if plan is None and budget is None and evaluate is None:
         raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
     options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
     calibration = peeked(None, calibration)[1]
     opened = open_exported(program)
     before = opened.cost()
-    unit = realized(new_unit(opened, options, calibration, statistics, probe), plan)
+    options, goal = goal_of(
+        options, evaluate, metric_drop, program, lambda result: export_again(program, opened, result)
+    )
+    unit = realized(new_unit(opened, options, calibration, statistics, probe), plan, goal=goal)
     made = reported(unit, before, opened.cost_of(unit.result))
     small = export_again(program, opened, unit.result)
     assert unit.plan is not None

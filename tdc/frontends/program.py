@@ -112,6 +112,9 @@ class Program(Protocol):
     def replace(self, site: Site, new: Replacement) -> None:
         """Note that all uses of ``site`` are to be replaced."""
 
+    def forget(self) -> None:
+        """Drop all noted replacements."""
+
     def finish(self) -> Any:
         """Cut all noted replacements in, all or none, and give back the new model."""
 

@@ -12,17 +12,24 @@ from ..ir import Cost
 __all__ = ["QUANTITIES", "Budget"]
 
 QUANTITIES = ("params", "bytes", "macs")
+LOSS, LEAST = "loss", "min"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """``keep`` per quantity, e.g. ``(("params", 0.5), ("macs", 0.6))``: all limits hold together."""
+    """``keep`` per quantity, e.g. ``(("params", 0.5), ("macs", 0.6))``: all limits hold together. Or ``loss``, how far
+    the outputs may move as it is measured (see :func:`tdc.statistics.divergence`), with ``least``, the quantity of
+    which as little as possible is to stay.
+    """
 
     limits: tuple[tuple[str, float], ...]
+    loss: float | None = None
+    least: str = ""
 
     @classmethod
     def parse(cls, given: object) -> Budget:
-        """Read ``"params=0.5"``, ``"params=0.5,macs=0.6"`` or ``{"params": 0.5}``.
+        """Read ``"params=0.5"``, ``"params=0.5,macs=0.6"`` or ``{"params": 0.5}``; ``"loss=0.01"`` or
+        ``"loss=0.01,macs=min"``.
 
         Raises BudgetError; for a bare number with the words to write instead, since "0.5" alone could mean what stays
         or what goes, of the parameters or of the time.
@@ -42,10 +49,22 @@ class Budget:
             raise BudgetError(f"budget must be a text such as 'params=0.5' or a mapping; got {type(given).__name__}")
         if not pairs:
             raise BudgetError("the budget is empty: write for example 'params=0.5'")
-        limits = tuple((_quantity(key), _fraction(key, value)) for key, value in pairs)
-        if len({key for key, _ in limits}) != len(limits):
+        if len({key for key, _ in pairs}) != len(pairs):
             raise BudgetError(f"the budget {given!r} names a quantity twice")
-        return cls(limits)
+        if any(key == LOSS or value == LEAST for key, value in pairs):
+            return cls._searched(given, dict(pairs))
+        return cls(tuple((_quantity(key), _fraction(key, value)) for key, value in pairs))
+
+    @classmethod
+    def _searched(cls, given: object, pairs: dict[str, object]) -> Budget:
+        loss = pairs.pop(LOSS, None)
+        least = [_quantity(key) for key, value in pairs.items() if value == LEAST]
+        if len(least) != len(pairs) or len(least) > 1:
+            raise BudgetError(
+                f"the budget {given!r} limits what stays and the loss: write 'loss=0.01' to keep as few parameters as "
+                f"that allows, 'loss=0.01,macs={LEAST}' for another quantity, or limits alone, 'params=0.5,macs=0.6'"
+            )
+        return cls((), None if loss is None else _positive(loss), (least or ["params"])[0])
 
     def allowance(self, dense: Cost) -> dict[str, float]:
         """The limits in absolute numbers, from the decimals as written: 0.285 of 200 is 57, and not
@@ -54,6 +73,9 @@ class Budget:
         return {key: float(Fraction(str(keep)) * Fraction(getattr(dense, key))) for key, keep in self.limits}
 
     def __str__(self) -> str:
+        if self.least:
+            loss = [] if self.loss is None else [f"{LOSS}={self.loss:g}"]
+            return ",".join([*loss, *([] if loss and self.least == "params" else [f"{self.least}={LEAST}"])])
         return ",".join(f"{key}={keep:g}" for key, keep in self.limits)
 
 
@@ -68,10 +90,21 @@ def _quantity(key: str) -> str:
     if key not in QUANTITIES:
         import difflib
 
-        close = difflib.get_close_matches(key, QUANTITIES, n=1)
+        known = (*QUANTITIES, LOSS)
+        close = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BudgetError(f"unknown quantity {key!r} in the budget{hint} Known: {', '.join(QUANTITIES)}")
+        raise BudgetError(f"unknown quantity {key!r} in the budget{hint} Known: {', '.join(known)}")
     return key
+
+
+def _positive(value: object) -> float:
+    try:
+        loss = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise BudgetError(f"loss={value!r} in the budget is not a number") from None
+    if not 0 < loss < float("inf"):
+        raise BudgetError(f"loss={value} in the budget must be above 0")
+    return loss
 
 
 def _fraction(key: str, value: object) -> float:

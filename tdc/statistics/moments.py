@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,8 @@ matrix of 5120 has 105 MB."""
 _DOUBLE = 2048
 """Width up to which sums are kept in float64; above it in float32, to bound the memory."""
 _CLIP = 10.0
+_EVEN = 0.1
+"""How much of the importance of a row is the same for all."""
 
 
 @dataclass
@@ -28,7 +30,8 @@ class Moments:
 
     With ``weight`` (g, o, n), ``total = sum y y^T`` (g, o, o) over ``y = W x`` instead. ``seen`` counts all rows of the
     activations, ``rows`` those that were added: some are left out of large convolutions, and those with NaN or infinity
-    are (``dropped``).
+    are (``dropped``). ``important``: the same sums with each row at its importance a, ``sum a x x^T``, where that was
+    given; ``mass`` is ``sum a`` then, and ``square`` is ``sum a^2``.
     """
 
     total: Tensor
@@ -37,6 +40,9 @@ class Moments:
     rows: int = 0
     seen: int = 0
     dropped: int = 0
+    mass: float = 0.0
+    square: float = 0.0
+    important: Moments | None = None
 
     @classmethod
     def zeros(cls, groups: int, width: int, weight: Tensor | None = None) -> Moments:
@@ -45,8 +51,9 @@ class Moments:
         sums = torch.zeros(groups, width, dtype=torch.float64)
         return cls(torch.zeros(groups, side, side, dtype=dtype), sums, weight)
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows (m, g, n). Products run in float32 (float64 for float64 input) and add up in the dtype of the sum.
+    def add(self, rows: Tensor, importance: Tensor | None = None) -> None:
+        """Add rows (m, g, n), of an importance (m). Products run in float32 (float64 for float64 input) and add up in
+        the dtype of the sum.
 
         Rows with NaN or infinity are left out and counted in ``dropped``.
         """
@@ -55,12 +62,32 @@ class Moments:
         if not bool(finite.all()):
             self.dropped += int((~finite).sum())
             rows = rows[finite]
-        grouped = rows.movedim(1, 0)
-        self.sum += rows.sum(0, dtype=torch.float64).cpu()
+            importance = None if importance is None else importance[finite.to(importance.device)]
+        self._accumulate(rows, rows)
+        if importance is not None:
+            if self.important is None:
+                self.important = self._empty()
+            each = importance.to(rows.device, torch.float64)
+            self.important.mass += float(each.sum())
+            self.important.square += float(each.square().sum())
+            self.important._accumulate(rows, rows * each.to(rows)[:, None, None])
+
+    def _accumulate(self, rows: Tensor, scaled: Tensor) -> None:
+        self.sum += scaled.sum(0, dtype=torch.float64).cpu()
         self.rows += rows.shape[0]
+        left, right = rows.movedim(1, 0), scaled.movedim(1, 0)
         if self.weight is not None:
-            grouped = grouped @ self.weight.to(grouped).mT
-        self.total += (grouped.mT @ grouped).to("cpu", self.total.dtype)
+            matrix = self.weight.to(left).mT
+            left, right = left @ matrix, right @ matrix
+        self.total += (left.mT @ right).to("cpu", self.total.dtype)
+
+    @property
+    def effective_rows(self) -> int:
+        """``(sum a)^2 / sum a^2``: so many rows of one importance tell as much; without importance the rows."""
+        return max(1, round(self.mass**2 / self.square)) if self.square > 0 else self.rows
+
+    def _empty(self) -> Moments:
+        return Moments.zeros(self.sum.shape[0], self.sum.shape[1], self.weight)
 
     def merge(self, other: Moments) -> None:
         """Add what another one has seen."""
@@ -69,9 +96,17 @@ class Moments:
         self.rows += other.rows
         self.seen += other.seen
         self.dropped += other.dropped
+        self.mass += other.mass
+        self.square += other.square
+        if other.important is not None:
+            if self.important is None:
+                self.important = self._empty()
+            self.important.merge(other.important)
 
     def clone(self) -> Moments:
-        return Moments(self.total.clone(), self.sum.clone(), self.weight, self.rows, self.seen, self.dropped)
+        copy = self._empty()
+        copy.merge(self)
+        return copy
 
 
 @dataclass
@@ -83,10 +118,12 @@ class Collector:
 
     Within a batch every distinct activation (tensor object, unless it was written to in between) is multiplied once.
     Memory: two (g, n, n) matrices per distinct activation of a batch, float64 up to n = 2048, float32 above; those that
-    a layer reads in a loop, and that are gone, share one.
+    a layer reads in a loop, and that are gone, share one. ``importance(site)``: of the rows that the site reads in this
+    batch, in their order, or None; twice the memory then.
     """
 
     weight: Callable[[Site], Tensor] | None = None
+    importance: Callable[[Site], Tensor | None] = lambda site: None
     moments: list[Moments] = field(default_factory=list)
     group: dict[int, int] = field(default_factory=dict)
     """``site.order`` -> place in ``moments``."""
@@ -132,8 +169,9 @@ class Collector:
             weight = self.weight(site).reshape(groups, outputs, width)
         sums = Moments.zeros(groups, width, weight)
         self._count += 1
-        for rows in input_rows(site, activation, self._count):
-            sums.add(rows)
+        importance = self.importance(site)
+        for rows, places in input_rows(site, activation, self._count):
+            sums.add(rows, None if importance is None else importance[places])
         lengths = window_lengths(site, activation)
         positions = 1
         for _, _, count in lengths:
@@ -172,9 +210,7 @@ class Collector:
         if old >= 0 and old not in claimed and len({self._reads.get(key) for key in sharers}) == 1:
             claimed.add(old)
             return old
-        self.moments.append(
-            self.moments[old].clone() if old >= 0 else Moments.zeros(like.sum.shape[0], like.sum.shape[1], like.weight)
-        )
+        self.moments.append(self.moments[old].clone() if old >= 0 else like._empty())
         return len(self.moments) - 1
 
 
@@ -183,17 +219,17 @@ class Gradients:
     """Gathers ``sum g g^T`` over the gradients g of the loss in the outputs of sites: one (g, o, o) for each.
 
     A row's gradient is clipped to ten times the mean norm of its batch, since few tokens have by far the largest ones.
-    Nothing is kept of sites of more than ``WIDEST`` outputs.
+    Nothing is kept of sites of more than ``WIDEST`` outputs. ``norms``: for each site and use in this batch ``||g||^2``
+    by row.
     """
 
     sums: dict[int, Moments] = field(default_factory=dict)
     """By ``site.order``."""
+    norms: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def tap(self, site: Site, gradient: Tensor) -> None:
         """Take in one use's gradient: (..., o), or (examples, channels, window axes...)."""
         groups, outputs, _ = site.matrix
-        if outputs > WIDEST:
-            return
         gradient = gradient.detach()
         if site.kind.is_conv:
             windows = len(site.windows)
@@ -202,6 +238,23 @@ class Gradients:
         else:
             rows = gradient.reshape(-1, 1, outputs)
         norm = rows.flatten(1).norm(dim=1)
+        self.norms.setdefault(site.order, []).append(norm.square().double().cpu())
+        if outputs > WIDEST:
+            return
         limit = _CLIP * norm[torch.isfinite(norm)].mean()
         rows = rows * (limit / norm.clamp(min=limit.clamp(min=torch.finfo(norm.dtype).tiny)))[:, None, None]
         self.sums.setdefault(site.order, Moments.zeros(groups, outputs)).add(rows)
+
+    def importance(self, sites: Iterable[int]) -> Tensor | None:
+        """How much an error at each row of this batch matters to the sites that read it: ``||g||^2`` over all of their
+        outputs, as a fraction of its mean, at most ten; and a tenth of one for all rows. None where it is not known,
+        or one of them is used several times.
+        """
+        found = [self.norms.get(order, []) for order in sites]
+        if not found or any(len(norms) != 1 or norms[0].shape != found[0][0].shape for norms in found):
+            return None
+        norm = torch.stack([norms[0] for norms in found]).sum(0).nan_to_num(posinf=0.0)
+        mean = norm.mean()
+        if not float(mean) > 0:
+            return None
+        return (norm / mean).clamp(max=_CLIP) * (1 - _EVEN) + _EVEN

@@ -16,23 +16,25 @@ _CHUNK = 1 << 24
 """Numbers in the patches that are gathered at a time: 64 MB of float32."""
 
 
-def input_rows(site: Site, activation: Tensor, seed: int) -> Iterator[Tensor]:
-    """The inputs (rows, g, n) that the weight (g, o, n) of the site meets in this activation, in chunks.
+def input_rows(site: Site, activation: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The inputs (rows, g, n) that the weight (g, o, n) of the site meets in this activation, in chunks, and the places
+    of those rows among all that it meets.
 
     Linear sites: all rows of (..., i). Convolutions: the patches under the window, zero padding included, in the order
     in which ``weight.reshape(g, o, n)`` reads them; of more than ``max(4096, 4 n)`` positions in a batch that many are
     drawn at random, the same ones for the same seed.
     """
     if not site.kind.is_conv:
-        yield activation.reshape(-1, 1, activation.shape[-1])
+        rows = activation.reshape(-1, 1, activation.shape[-1])
+        yield rows, torch.arange(len(rows))
         return
     groups, _, width = site.matrix
     batched = activation if activation.ndim == len(site.windows) + 2 else activation[None]
-    starts = _starts(batched, site.windows, max(4096, 4 * width), seed)
+    places, starts = _starts(batched, site.windows, max(4096, 4 * width), seed)
     padded = _padded(batched, site.windows)
     step = max(1, _CHUNK // max(1, groups * width))
-    for part in starts.split(step):
-        yield _patches(padded, part, site.windows).reshape(len(part), groups, width)
+    for part, chosen in zip(starts.split(step), places.split(step), strict=True):
+        yield _patches(padded, part, site.windows).reshape(len(part), groups, width), chosen
 
 
 def window_lengths(site: Site, activation: Tensor) -> tuple[tuple[str, int, int], ...]:
@@ -41,8 +43,10 @@ def window_lengths(site: Site, activation: Tensor) -> tuple[tuple[str, int, int]
     return tuple((w.axis, length, w.positions(length)) for w, length in zip(site.windows, lengths, strict=True))
 
 
-def _starts(batched: Tensor, windows: tuple[Window, ...], limit: int, seed: int) -> Tensor:
-    """(rows, 1 + axes): example, and the first entry of the window along each axis of the padded input."""
+def _starts(batched: Tensor, windows: tuple[Window, ...], limit: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Places (rows) among all positions of all examples, and (rows, 1 + axes): example, and the first entry of the
+    window along each axis of the padded input.
+    """
     counts = [w.positions(length) for w, length in zip(windows, batched.shape[2:], strict=True)]
     sizes = (batched.shape[0], *counts)
     total = int(torch.tensor(sizes).prod())
@@ -51,7 +55,7 @@ def _starts(batched: Tensor, windows: tuple[Window, ...], limit: int, seed: int)
     else:
         places = torch.arange(total)
     index = torch.stack(torch.unravel_index(places, sizes), 1)
-    return (index * torch.tensor([1, *(w.stride for w in windows)])).to(batched.device)
+    return places, (index * torch.tensor([1, *(w.stride for w in windows)])).to(batched.device)
 
 
 def _padded(batched: Tensor, windows: tuple[Window, ...]) -> Tensor:

@@ -50,6 +50,8 @@ class SiteStatistics:
     gradient: int | None = None
     """Which gradients are those of its outputs."""
     probes: tuple[tuple[float, float], ...] = ()
+    important: tuple[int, int] | None = None
+    """Which moment is that of its input with each row at its importance, and of how many equal rows it tells."""
 
     def sensitivity_at(self, error: float) -> float:
         """The sensitivity at a relative squared error: the change of the output is taken for a power of the error
@@ -72,7 +74,8 @@ class SiteStatistics:
 class Statistics:
     """Input second moments ``S = E[x x^T]`` and means ``E[x]``, float32, with the sites that read them: (i, i) and (i)
     of linear sites, (g, n, n) and (g, n) of the patches of convolutions; and, where the door could run backwards, for
-    each site ``G = E[g g^T]``, (o, o) or (g, o, o), over the gradients g of the loss in its outputs.
+    each site ``G = E[g g^T]``, (o, o) or (g, o, o), over the gradients g of the loss in its outputs, and S and the mean
+    with each row at its importance ``||g||^2`` (behind the others in ``moments`` and ``means``).
 
     One file serves every door: sites are recognised by their weights. ``digest`` identifies the content; plans record
     it.
@@ -107,6 +110,7 @@ class Statistics:
                 entry.seen,
                 entry.lengths,
                 entry.probes,
+                entry.important,
             ]
             state.update(json.dumps(key).encode())
         for tensor in (*self.moments, *self.means, *self.gradients):
@@ -122,15 +126,18 @@ class Statistics:
     def metric(self, entry: SiteStatistics, weight: Tensor, name: str = "input", *, fitting: bool = True) -> Metric:
         """The site's metric of that name, ``input`` or ``fisher``, float64: its moment, without the mean where a bias
         takes that up; for fitting shrunk for its number of rows (see :func:`shrunk`), for measuring as it is; for
-        ``fisher`` with its damped gradients (see :func:`damped`), where they were kept. ``weight``: the canonical one.
+        ``fisher`` with its damped gradients (see :func:`damped`) and its moment by importance, where they were kept.
+        ``weight``: the canonical one.
 
         Raises CalibrationError for ``fisher`` where there are no gradients.
         """
+        if name == "fisher" and not self.gradients:
+            raise CalibrationError("metric='fisher' needs output gradients, and these statistics have none")
+        if name == "fisher" and entry.important is not None:
+            entry = replace(entry, moment=entry.important[0], rows=entry.important[1])
         found = self._input_metric(entry, weight, fitting)
         if name != "fisher":
             return found
-        if not self.gradients:
-            raise CalibrationError("metric='fisher' needs output gradients, and these statistics have none")
         own = None if entry.gradient is None else damped(self.gradients[entry.gradient])
         return replace(found, name="fisher", gradient=own)
 
@@ -171,7 +178,8 @@ class Statistics:
                     raise CalibrationError(f"{path} is not a TDC statistics file of version {_VERSION}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             sites = tuple(_entry_in(row) for row in head["sites"])
-            moments = tuple(tensors[f"moment.{k}"] for k in range(1 + max((e.moment for e in sites), default=-1)))
+            used = [place for e in sites for place in (e.moment, *(e.important or ())[:1])]
+            moments = tuple(tensors[f"moment.{k}"] for k in range(1 + max(used, default=-1)))
             means = tuple(tensors[f"mean.{k}"] for k in range(len(moments)))
             places = [e.gradient for e in sites if e.gradient is not None]
             gradients = tuple(tensors[f"gradient.{k}"] for k in range(1 + max(places, default=-1)))
@@ -187,6 +195,8 @@ class Statistics:
             raise CalibrationError(f"the statistics file {path} cannot be read: {error}") from error
         for entry in sites:
             reason = _wrong(moments[entry.moment], means[entry.moment], entry)
+            if not reason and entry.important is not None:
+                reason = _wrong(moments[entry.important[0]], means[entry.important[0]], entry)
             if not reason and entry.gradient is not None:
                 reason = _wrong_gradient(gradients[entry.gradient], entry)
             if reason:
@@ -262,6 +272,7 @@ def _entry_out(entry: SiteStatistics) -> dict[str, Any]:
     conv = {"side": entry.side, "lengths": entry.lengths} if entry.site.kind.is_conv else {}
     behind: dict[str, Any] = {} if entry.gradient is None else {"gradient": entry.gradient}
     behind |= {"probes": entry.probes} if entry.probes else {}
+    behind |= {"important": entry.important} if entry.important else {}
     return {**entry.site.to_dict(), **fields, **conv, **behind}
 
 
@@ -276,12 +287,15 @@ def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
         lengths=tuple((str(axis), int(before), int(after)) for axis, before, after in row.get("lengths", ())),
         gradient=int(row["gradient"]) if "gradient" in row else None,
         probes=tuple((float(error), float(value)) for error, value in row.get("probes", ())),
+        important=(int(row["important"][0]), int(row["important"][1])) if "important" in row else None,
     )
     possible = (
         entry.moment >= 0
         and (entry.gradient or 0) >= 0
         and entry.rows >= 1
         and entry.seen >= entry.rows
+        and min(entry.important or (0, 1)) >= 0
+        and (entry.important or (0, 1))[1] >= 1
         and entry.side in ("input", "output")
     )
     possible = possible and all(0 < e <= 1 and 0 <= value < math.inf for e, value in entry.probes)

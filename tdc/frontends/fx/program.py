@@ -274,6 +274,9 @@ class FxProgram:
             raise ModelError(f"{site.name} is no site of this graph")
         self.replacements[site.order] = new
 
+    def forget(self) -> None:
+        self.replacements.clear()
+
     def finish(self) -> Rewritten:
         """A new graph; that of the program stays."""
         return rewrite(self.bounds[0].captured, self._matched[0][0], self.cuts())

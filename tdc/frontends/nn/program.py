@@ -284,6 +284,9 @@ class NnProgram:
                 raise ModelError(f"{name} is no longer a {site.kind.value} module")
         self._replacements[site.order] = new
 
+    def forget(self) -> None:
+        self._replacements.clear()
+
     def finish(self) -> nn.Module:
         replaced = [self._by_order[order] for order in self._replacements]
         model = self.model if self.inplace else _copy_without(self.model, [w.tensor for w in replaced])

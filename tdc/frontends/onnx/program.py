@@ -192,6 +192,9 @@ class OnnxProgram:
                 raise VerificationError(f"{site.name}: factor {name!r} has dtype {dtype}, not {match.site.dtype}")
         self._replacements[site.order] = new
 
+    def forget(self) -> None:
+        self._replacements.clear()
+
     def finish(self) -> ir.Model:
         """A new model with all noted replacements; everything else is as it was."""
         copy, values = clone(self.model)

@@ -183,6 +183,8 @@ def test_gradients_are_saved_and_loaded(tmp_path: Any) -> None:
     known.save(tmp_path / "known")
     again = tdc.Statistics.load(tmp_path / "known")
     assert again.digest == known.digest
+    assert [entry.important for entry in again.sites] == [entry.important for entry in known.sites]
+    assert all(entry.important is not None for entry in again.sites)
     assert len(again.gradients) == len(known.sites) == 5
     assert [entry.gradient for entry in again.sites] == [entry.gradient for entry in known.sites]
     np.testing.assert_array_equal(again.gradients[1].numpy(), known.gradients[1].numpy())
@@ -202,3 +204,52 @@ def test_a_classifier_is_not_taken_for_cheap_since_its_last_direction_moves_all_
     assert entry.sensitivity_at(0.3) > 100 * entry.sensitivity
     plan = tdc.plan(nn.Sequential(head), (torch.randn(2, 32),), budget="params=0.9", statistics=known, progress=False)
     assert plan.choices[0].sensitivity == pytest.approx(entry.sensitivity_at(plan.choices[0].error), rel=1e-5)
+
+
+def test_importance_is_the_squared_gradient_over_all_that_read_the_row() -> None:
+    q, v = (random_site(random_weight(4, 6), order=order) for order in (0, 1))
+    gathered = Gradients()
+    first, second = torch.randn(50, 4, generator=_seeded()), torch.randn(50, 4, generator=_seeded()) * 2
+    gathered.tap(q, first)
+    gathered.tap(v, second)
+    norm = first.double().square().sum(1) + second.double().square().sum(1)
+    expected = 0.1 + 0.9 * (norm / norm.mean()).clamp(max=10)
+    found = gathered.importance((0, 1))
+    assert found is not None
+    assert torch.allclose(found, expected, rtol=1e-6)
+    assert gathered.importance(()) is None
+    assert gathered.importance((0, 2)) is None  # the other one has no gradient
+    gathered.tap(q, first)
+    assert gathered.importance((0,)) is None  # two uses: which row is whose is not known
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_rows_that_move_the_output_more_weigh_more_in_the_moment(kind: str) -> None:
+    """Half of the examples meet a gate that is shut: the output does not depend on what the layer makes of them."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer: nn.Module = nn.Linear(8, 6) if kind == "linear" else nn.Conv2d(8, 6, 3, padding=1)
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return self.layer(x) * gate
+
+    shape = (64, 8) if kind == "linear" else (64, 8, 5, 5)
+    x = torch.randn(shape, generator=_seeded())
+    x[::2, 4:] = 0
+    x[1::2, :4] = 0
+    gate = (torch.arange(64) % 2).float().reshape(64, *([1] * (len(shape) - 1)))
+    known = tdc.calibrate(Gated().eval(), [(x, gate)], progress=False)
+    (entry,) = known.sites
+    assert entry.important is not None
+    place, rows = entry.important
+    spread = known.moments[place].reshape(-1, entry.site.matrix[2]).diagonal().reshape(8, -1)
+    assert float(spread[:4].sum()) < 0.1 * float(spread[4:].sum())
+    assert 0.2 * entry.rows < rows < 0.8 * entry.rows
+    plain = known.moments[entry.moment].reshape(-1, entry.site.matrix[2]).diagonal().reshape(8, -1)
+    assert float(plain[:4].sum()) > 0.5 * float(plain[4:].sum())
+    fisher, of_input = (known.metric(entry, torch.zeros(1), name, fitting=False) for name in ("fisher", "input"))
+    assert fisher.second_moment is not None
+    assert of_input.second_moment is not None
+    assert not torch.allclose(fisher.second_moment, of_input.second_moment, rtol=0.1)

@@ -36,7 +36,7 @@ def problems(draw: st.DrawFn, axes: int) -> tuple[Site, Tensor]:
 
 
 def rows_of(site: Site, x: Tensor, seed: int = 0) -> Tensor:
-    return torch.cat(list(input_rows(site, x, seed)))
+    return torch.cat([rows for rows, _ in input_rows(site, x, seed)])
 
 
 def padded(site: Site, x: Tensor) -> Tensor:
