@@ -28,6 +28,7 @@ from tdc.statistics import (
     logits_among,
 )
 
+from ._split_half import split_half
 from .base import Pass, Unit
 
 __all__ = ["Calibrate"]
@@ -36,6 +37,8 @@ PROBE_ERRORS = (0.03, 0.3)
 """Relative squared errors given to one site at a time."""
 PROBE_EXAMPLES = 8
 _FEW_ROWS = 20
+_OPTIMISM = 1.1
+"""How much larger an error may be on the half of the data that a fit has not seen."""
 _ANCHOR_BYTES = 256 << 20
 
 
@@ -123,6 +126,7 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
     sums = [collector.moments[group] for group in groups]
     place = {site.order: groups.index(collector.group[site.order]) for site in seen}
     remarks += _doubts(seen, sums, place)
+    remarks += _too_few(unit, seen, {site.order: sums[place[site.order]] for site in seen})
     if backwards.failed:
         remarks.append(
             Remark("", "calibrate", f"no output gradients, the metric is that of the inputs: {backwards.failed}")
@@ -290,6 +294,21 @@ def _doubts(seen: Sequence[Site], sums: Sequence[Moments], place: Mapping[int, i
         )
         remarks.append(Remark("", "calibrate", reason))
     return remarks
+
+
+def _too_few(unit: Unit, seen: Sequence[Site], sums: Mapping[int, Moments]) -> list[Remark]:
+    """What the two halves of the batches say of each other's fits."""
+    found = split_half(unit.program, seen, sums)
+    over = {order: ratio for order, ratio in found.items() if ratio > _OPTIMISM}
+    if not over:
+        return []
+    worst = max(over, key=over.__getitem__)
+    name = next(site.name for site in seen if site.order == worst)
+    reason = (
+        f"too little calibration data for {len(over)} of the {len(found)} site(s) with the fewest rows: fitted to half "
+        f"of the batches, the error on the other half is up to {over[worst]:.3g} times as large ({name})"
+    )
+    return [Remark("", "calibrate", reason)]
 
 
 def _short(unit: Unit, batch: Any) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class Moments:
     With ``weight`` (g, o, n), ``total = sum y y^T`` (g, o, o) over ``y = W x`` instead. ``seen`` counts all rows of the
     activations, ``rows`` those that were added: some are left out of large convolutions, and those with NaN or infinity
     are (``dropped``). ``important``: the same sums with each row at its importance a, ``sum a x x^T``, where that was
-    given; ``mass`` is ``sum a`` then, and ``square`` is ``sum a^2``.
+    given; ``mass`` is ``sum a`` then, and ``square`` is ``sum a^2``. ``half``: the sums over every second batch, in
+    float32.
     """
 
     total: Tensor
@@ -43,11 +44,14 @@ class Moments:
     mass: float = 0.0
     square: float = 0.0
     important: Moments | None = None
+    half: Moments | None = None
 
     @classmethod
-    def zeros(cls, groups: int, width: int, weight: Tensor | None = None) -> Moments:
+    def zeros(
+        cls, groups: int, width: int, weight: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> Moments:
         side = width if weight is None else weight.shape[1]
-        dtype = torch.float64 if side <= _DOUBLE else torch.float32
+        dtype = dtype if side <= _DOUBLE else torch.float32
         sums = torch.zeros(groups, width, dtype=torch.float64)
         return cls(torch.zeros(groups, side, side, dtype=dtype), sums, weight)
 
@@ -66,7 +70,7 @@ class Moments:
         self._accumulate(rows, rows)
         if importance is not None:
             if self.important is None:
-                self.important = self._empty()
+                self.important = self._empty(self.total.dtype)
             each = importance.to(rows.device, torch.float64)
             self.important.mass += float(each.sum())
             self.important.square += float(each.square().sum())
@@ -86,8 +90,17 @@ class Moments:
         """``(sum a)^2 / sum a^2``: so many rows of one importance tell as much; without importance the rows."""
         return max(1, round(self.mass**2 / self.square)) if self.square > 0 else self.rows
 
-    def _empty(self) -> Moments:
-        return Moments.zeros(self.sum.shape[0], self.sum.shape[1], self.weight)
+    def _empty(self, dtype: torch.dtype = torch.float64) -> Moments:
+        return Moments.zeros(self.sum.shape[0], self.sum.shape[1], self.weight, dtype)
+
+    def halves(self) -> tuple[Moments, Moments] | None:
+        """The sums over every second batch, and over the others; None if there is only one of them."""
+        if self.half is None or not 0 < self.half.rows < self.rows:
+            return None
+        rest = self._empty()
+        rest.total, rest.sum = self.total - self.half.total, self.sum - self.half.sum
+        rest.rows = self.rows - self.half.rows
+        return self.half, rest
 
     def merge(self, other: Moments) -> None:
         """Add what another one has seen."""
@@ -102,6 +115,14 @@ class Moments:
             if self.important is None:
                 self.important = self._empty()
             self.important.merge(other.important)
+        if other.half is not None:
+            self.merge_half(other.half)
+
+    def merge_half(self, other: Moments) -> None:
+        """Add to the half what another one has seen."""
+        if self.half is None:
+            self.half = self._empty(torch.float32)
+        self.half.merge(replace(other, important=None, half=None))
 
     def clone(self) -> Moments:
         copy = self._empty()
@@ -117,9 +138,10 @@ class Collector:
     position gets the moment of its outputs, by ``weight(site)``.
 
     Within a batch every distinct activation (tensor object, unless it was written to in between) is multiplied once.
-    Memory: two (g, n, n) matrices per distinct activation of a batch, float64 up to n = 2048, float32 above; those that
-    a layer reads in a loop, and that are gone, share one. ``importance(site)``: of the rows that the site reads in this
-    batch, in their order, or None; twice the memory then.
+    Memory: three (g, n, n) matrices per distinct activation, of all batches (float64 up to n = 2048, float32 above), of
+    every second one and of the one that runs (float32); those that a layer reads in a loop, and that are gone, share
+    one. ``importance(site)``: of the rows that the site reads in this
+    batch, in their order, or None; two more then.
     """
 
     weight: Callable[[Site], Tensor] | None = None
@@ -130,6 +152,7 @@ class Collector:
     lengths: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
     """``site.order`` -> window axis -> (entries of the input, positions), summed over all uses."""
     _count: int = 0
+    _ended: int = 0
     _batch: dict[int, Moments] = field(default_factory=dict)
     _known: dict[int, tuple[weakref.ref[Tensor], int, object]] = field(default_factory=dict)
     _reads: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -167,7 +190,8 @@ class Collector:
         if self.is_wide(site):
             assert self.weight is not None
             weight = self.weight(site).reshape(groups, outputs, width)
-        sums = Moments.zeros(groups, width, weight)
+        exact = torch.float64 if activation.dtype == torch.float64 else torch.float32
+        sums = Moments.zeros(groups, width, weight, exact)
         self._count += 1
         importance = self.importance(site)
         for rows, places in input_rows(site, activation, self._count):
@@ -201,8 +225,11 @@ class Collector:
                 together[old, reads] = self._own(old, claimed, self._batch[reads[0]])
                 for place in reads:
                     self.moments[together[old, reads]].merge(self._batch[place])
+                    if self._ended % 2:
+                        self.moments[together[old, reads]].merge_half(self._batch[place])
             self.group[key] = together[old, reads]
         self._batch, self._known, self._reads = {}, {}, {}
+        self._ended += 1
 
     def _own(self, old: int, claimed: set[int], like: Moments) -> int:
         """The group's own sums if they are unclaimed and all its sites go on together; else a copy, or new ones."""
