@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tdc.errors import BudgetError, ModelError, VerificationError
-from tdc.ir import Candidate, Plan, Remark
+from tdc.ir import Candidate, Plan, Remark, Rival
 from tdc.planning.allocate import Option, allocate, allocate_uniform, prefer_compressed
 from tdc.planning.budget import Budget
 
@@ -36,11 +37,13 @@ class ChoosePlan(Pass):
         rows = [unit.candidates[site.order] for site in unit.sites]
         if unit.options.allocation == "uniform":
             taken, bound = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget), None
+            price: Mapping[str, float] = {}
         else:
             options = [[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows]
             found = allocate(options, budget)
             taken, bound = prefer_compressed(options, found.chosen), float(f"{found.bound:.6g}")
-        picked = [row[k] for row, k in zip(rows, taken, strict=True)]
+            price = {key: float(f"{value:.6g}") for key, value in found.price.items()}
+        picked = [replace(row[k], rivals=_rivals(row, row[k], price)) for row, k in zip(rows, taken, strict=True)]
         remarks = [_kept_dense(c) for c, row in zip(picked, rows, strict=True) if c.is_dense and len(row) > 1]
         unit = unit.remarking(*remarks)
         plan = Plan(
@@ -52,6 +55,7 @@ class ChoosePlan(Pass):
             allocation=unit.options.allocation,
             seed=unit.options.seed,
             bound=bound,
+            price=tuple(price.items()),
             remarks=unit.remarks,
         )
         return unit.having(plan=plan)
@@ -62,6 +66,37 @@ class ChoosePlan(Pass):
         for key, limit in Budget.parse(after.options.budget).allowance(dense).items():
             if getattr(spent, key) > limit * (1 + 1e-9):
                 raise VerificationError(f"the plan spends {getattr(spent, key)} {key}; the budget allows {limit}")
+
+
+def _rivals(row: Sequence[Candidate], chosen: Candidate, price: Mapping[str, float]) -> tuple[Rival, ...]:
+    """Of each format the candidate of least loss at these prices, of the chosen one's that one."""
+
+    def priced(candidate: Candidate) -> float:
+        cost = sum(value * getattr(candidate.cost, key) for key, value in price.items())
+        return candidate.sensitivity * candidate.error + cost
+
+    best: dict[tuple[str, str, str], Candidate] = {}
+    for candidate in row:
+        key = (candidate.decomposition, candidate.variant, candidate.execution)
+        if (
+            candidate is chosen
+            or key not in best
+            or (best[key] is not chosen and priced(candidate) < priced(best[key]))
+        ):
+            best[key] = candidate
+    rivals = [
+        Rival(
+            decomposition=c.decomposition,
+            variant=c.variant,
+            ranks=c.ranks,
+            error=c.error,
+            loss=float(f"{c.sensitivity * c.error:.6g}"),
+            params=c.cost.params,
+            priced=float(f"{priced(c):.6g}"),
+        )
+        for c in best.values()
+    ]
+    return tuple(sorted(rivals, key=lambda rival: rival.priced))
 
 
 def _kept_dense(candidate: Candidate) -> Remark:

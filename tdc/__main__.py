@@ -20,7 +20,7 @@ from typing import Any  # noqa: E402
 
 __all__ = ["main"]
 
-_BUDGET = "what may stay, e.g. params=0.5 or params=0.5,macs=0.6"
+_BUDGET = "what may stay, e.g. params=0.5 or params=0.5,macs=0.6; or what may be lost: loss=0.01 or loss=0.01,macs=min"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="decide and print, cut nothing")
     plan.add_argument("model", help="an ONNX file")
     plan.add_argument("-o", "--output", help="write the plan to this file (JSON)")
+    plan.add_argument(
+        "--explain", nargs="*", metavar="SITE", help="print what was considered for these sites (all), and why it lost"
+    )
     budget = plan.add_mutually_exclusive_group(required=True)
     budget.add_argument("--pareto", action="store_true", help="a table of plans that keep 0.9 to 0.1 of the parameters")
     budget.add_argument("--budget", help=_BUDGET)
@@ -150,7 +153,7 @@ def _deciding(parser: argparse.ArgumentParser) -> None:
         "--calibration", metavar="DATA", help="an .npz file or a folder of them, arrays named as the inputs"
     )
     parser.add_argument("--statistics", metavar="FILE", help="what 'tdc calibrate' wrote")
-    parser.add_argument("--metric", default="auto", help="weight, input or auto (default)")
+    parser.add_argument("--metric", default="auto", help="weight, input, fisher or auto (default)")
     parser.add_argument("--target", default="auto", help="see 'tdc list targets'")
     parser.add_argument("--allow", action="append", metavar="NAME", help="decomposition to choose from, or all")
     parser.add_argument("--allocation", default="lagrangian", help="lagrangian (default) or uniform")
@@ -183,7 +186,7 @@ def _plan(options: argparse.Namespace) -> None:
     made = plan(options.model, **keywords)
     if options.output:
         atomic_write(options.output, made.to_json().encode())
-    print(_visible(str(made)))
+    print(_visible(str(made) if options.explain is None else made.explain(*options.explain)))
 
 
 def _check_output(output: str, *read: str | None) -> None:

@@ -16,14 +16,17 @@ from .metric import METRICS
 from .remark import Remark
 from .site import Site, assign
 
-__all__ = ["DENSE", "EXECUTIONS", "PLAN_VERSION", "Candidate", "Cost", "Plan"]
+__all__ = ["DENSE", "EXECUTIONS", "PLAN_VERSION", "Candidate", "Cost", "Plan", "Rival"]
 
 PLAN_VERSION = 1
 DENSE = "dense"
+_RIVAL = ("decomposition", "variant", "ranks", "error", "loss", "params", "priced")
 EXECUTIONS = ("factored", "stored", "rebuilt")
 _FORMAT = "tdc-plan"
 _HEAD = ("metric", "statistics", "target", "budget", "allocation", "seed")
-_ROW = frozenset("name decomposition variant ranks execution folded error sensitivity cost dense_cost site".split())
+_ROW = frozenset(
+    "name decomposition variant ranks execution folded error sensitivity cost dense_cost site considered".split()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,21 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         peak = max(self.peak, other.peak)
         return Cost(self.params + other.params, self.bytes + other.bytes, self.macs + other.macs, peak)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A layout that was considered for a site beside the one that was chosen. ``loss``: predicted change of the model's
+    output; ``priced``: that and what its cost is worth in loss elsewhere.
+    """
+
+    decomposition: str
+    variant: str
+    ranks: tuple[tuple[str, int], ...]
+    error: float
+    loss: float
+    params: int
+    priced: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,8 @@ class Candidate:
     """
     folded: bool = field(default=False, compare=False)
     """The output comes in the order of the stack: its gather is folded into the site that reads it."""
+    rivals: tuple[Rival, ...] = field(default=(), compare=False)
+    """The best layout of each format that was considered, at the prices of the plan, the chosen one among them."""
 
     @property
     def is_dense(self) -> bool:
@@ -90,6 +110,8 @@ class Plan:
     remarks: tuple[Remark, ...] = ()
     bound: float | None = None
     """No choice among the candidates within the budget is predicted to lose less than this; None if it is not known."""
+    price: tuple[tuple[str, float], ...] = ()
+    """Of each quantity of the budget: the loss that one more unit of it saves, about."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan) or self._head() != other._head():
@@ -122,6 +144,20 @@ class Plan:
         """
         return sum(candidate.sensitivity * candidate.error for candidate in self.choices)
 
+    def explain(self, *names: str) -> str:
+        """Why each site is what it is: the best layout of each format that was considered, with its predicted error and
+        loss, and the loss that its cost would save elsewhere; by default of all sites.
+
+        Raises PlanError for a name that the plan does not have.
+        """
+        from .text import plan_explanation
+
+        known = {name for choice in self.choices for name in choice.site.names}
+        if unknown := sorted(set(names) - known):
+            raise PlanError(f"the plan has no site {', '.join(unknown)}")
+        chosen = [c for c in self.choices if not names or set(names) & set(c.site.names)]
+        return plan_explanation(self, chosen)
+
     def to_json(self) -> str:
         """The plan as a JSON text: keys in a fixed order, one site a line; equal plans of one door give equal bytes."""
         head: dict[str, Any] = {"format": _FORMAT, "version": PLAN_VERSION}
@@ -129,6 +165,8 @@ class Plan:
             head[key] = getattr(self, key)
         if self.bound is not None:
             head["bound"] = self.bound
+        if self.price:
+            head["price"] = dict(self.price)
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         rows = {"sites": [_candidate_out(c) for c in self.choices], "remarks": [_remark_out(r) for r in self.remarks]}
         for key, items in rows.items():
@@ -147,7 +185,7 @@ class Plan:
             raise PlanError(f'not a TDC plan: the key "format" must be "{_FORMAT}"')
         if data.get("version") != PLAN_VERSION:
             raise PlanError(f"plan version {data.get('version')!r} cannot be read: this TDC reads {PLAN_VERSION}")
-        if unknown := sorted(set(data) - {"format", "version", "sites", "remarks", "bound", *_HEAD}):
+        if unknown := sorted(set(data) - {"format", "version", "sites", "remarks", "bound", "price", *_HEAD}):
             raise PlanError(f"unknown keys in the plan: {unknown}")
         if data.get("metric", "weight") not in METRICS:
             raise PlanError(f"the plan's metric must be one of {', '.join(METRICS)}; got {data.get('metric')!r}")
@@ -158,8 +196,9 @@ class Plan:
                 key: _whole(data[key]) if key == "seed" else str(data[key]) for key in _HEAD if key in data
             }
             head["bound"] = None if data.get("bound") is None else _finite(data["bound"])
+            head["price"] = tuple((str(key), _finite(value)) for key, value in data.get("price", {}).items())
             remarks = tuple(Remark(str(r["site"]), str(r["stage"]), str(r["reason"])) for r in data.get("remarks", []))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"the plan lacks or misspells {error}") from error
         choices = tuple(_candidate_in(k, row) for k, row in enumerate(data["sites"]))
         return cls(choices=choices, remarks=remarks, **head)
@@ -203,7 +242,24 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
         "cost": _cost_out(candidate.cost),
         "dense_cost": _cost_out(candidate.dense_cost),
         "site": candidate.site.to_dict(),
+        **({"considered": [_rival_out(rival) for rival in candidate.rivals]} if candidate.rivals else {}),
     }
+
+
+def _rival_out(rival: Rival) -> dict[str, Any]:
+    return {**{key: getattr(rival, key) for key in _RIVAL}, "ranks": dict(rival.ranks)}
+
+
+def _rival_in(row: Mapping[str, Any]) -> Rival:
+    return Rival(
+        decomposition=str(row["decomposition"]),
+        variant=str(row["variant"]),
+        ranks=tuple((str(axis), _whole(rank)) for axis, rank in row["ranks"].items()),
+        error=_finite(row["error"]),
+        loss=_finite(row["loss"]),
+        params=_whole(row["params"]),
+        priced=_finite(row["priced"]),
+    )
 
 
 def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
@@ -223,6 +279,7 @@ def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
             cost=_cost_in(row.get("cost")),
             dense_cost=_cost_in(row.get("dense_cost")),
             folded=bool(row.get("folded", False)),
+            rivals=tuple(_rival_in(rival) for rival in row.get("considered", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         where = f"site {position} ({row.get('name', 'no name')!r}) of the plan"

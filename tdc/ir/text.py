@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import Candidate, Plan
 
-__all__ = ["format_count", "format_table", "plan_table"]
+__all__ = ["format_count", "format_table", "plan_explanation", "plan_table"]
 
 
 def format_count(number: float) -> str:
@@ -69,3 +69,30 @@ def plan_table(plan: Plan) -> str:
     lines.append(f"  predicted loss {plan.loss:.4g}" + (f", at least {plan.bound:.4g}" if plan.bound else ""))
     lines.extend(str(remark) for remark in plan.remarks)
     return "\n".join(lines)
+
+
+def plan_explanation(plan: Plan, choices: Sequence[Candidate]) -> str:
+    """What was considered for each of the choices of a plan, and what decided."""
+    prices = ", ".join(f"{value:.3g} for one more of {key}" for key, value in plan.price)
+    lines = []
+    if prices:
+        lines = [f"price, what the budget saves of loss elsewhere: {prices}"]
+        lines += ["the least loss + price wins, but for what the budget leaves over"]
+    for choice in choices:
+        lines += ["", f"{choice.site.name}, {choice.site.label}, {choice.sensitivity:.3g} of loss per unit of error"]
+        own = [r for r in choice.rivals if (r.decomposition, r.ranks) == (choice.decomposition, choice.ranks)]
+        won = next((r for r in own if r.variant == choice.variant), own[0] if own else None)  # folding may turn it
+        rows = [
+            (
+                ("* " if r is won else "  ") + (f"{r.decomposition}/{r.variant}" if r.variant else r.decomposition),
+                " ".join(f"{axis}={rank}" for axis, rank in r.ranks) or "-",
+                f"{r.params / max(1, choice.dense_cost.params):.3f}",
+                f"{r.error:.2e}",
+                f"{r.loss:.2e}",
+                f"{r.priced:.2e}",
+            )
+            for r in choice.rivals
+        ]
+        lines.append(format_table(("considered", "ranks", "keep", "error", "loss", "loss + price"), rows, left=2))
+        lines += [str(remark) for remark in plan.remarks if remark.site in choice.site.names]
+    return "\n".join(lines).lstrip("\n")

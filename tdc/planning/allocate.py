@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import BudgetError
 from ..ir import Cost
@@ -30,10 +30,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Allocation:
-    """``chosen``: for every site the index of its option. ``bound``: no choice within the budget has less loss."""
+    """``chosen``: for every site the index of its option. ``bound``: no choice within the budget has less loss.
+    ``price``: the loss that one more unit of each quantity of the budget saves, about; at these prices each site takes
+    the option of least ``loss + price cost``, but for what it takes to spend the budget to its end.
+    """
 
     chosen: list[int]
     bound: float
+    price: Mapping[str, float] = field(default_factory=dict)
 
 
 def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> Allocation:
@@ -53,6 +57,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> Allocation:
     _check_reachable(options, budget, dense)
     weights = {key: 1.0 / len(allowed) for key in allowed}
     best: list[int] | None = None
+    price: dict[str, float] = {}
     bound, multiplier = 0.0, 0.0
     for _ in range(_ROUNDS if len(allowed) > 1 else 1):
         chosen, multiplier, below = _least_price(options, _price_of(allowed, weights))
@@ -60,6 +65,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> Allocation:
         over = {key: _total(options, chosen, key) / limit for key, limit in allowed.items()}
         if max(over.values()) <= 1 and (best is None or _loss(options, chosen) < _loss(options, best)):
             best = chosen
+            price = {key: multiplier * weights[key] / limit for key, limit in allowed.items()}
         weights = {key: weights[key] * over[key] ** 2 for key in allowed}
         scale = sum(weights.values())
         weights = {key: weight / scale for key, weight in weights.items()}
@@ -72,7 +78,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: Budget) -> Allocation:
         losses = [[option.loss for option in site] for site in options]
         chosen, below = multiple_choice(rows, losses, limit, multiplier / limit, chosen)
         bound = max(bound, below)
-    return Allocation(chosen, bound)
+    return Allocation(chosen, bound, price)
 
 
 def _price_of(allowed: Mapping[str, float], weights: Mapping[str, float]) -> Callable[[Cost], float]:
