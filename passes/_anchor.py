@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tdc.statistics import SiteStatistics, shrunk
 from tdc.statistics.patches import input_rows
 
 from .base import Unit
+from .propose_layouts import metric_name
 
 __all__ = ["Anchored", "anchors_of"]
 
@@ -60,7 +62,8 @@ class Anchored:
 
     With x the input of a site in the dense model and z that in the model that is cut up to there, the weight to fit is
     the least-squares solution of ``B z = W x``, ``B = W + W E[(x - z) z^T] (E[z z^T] + ridge)^-1``, in the
-    metric of ``E[z z^T]``: so ``E ||W x - W_hat z||^2`` is least (AA-SVD, 2026). The ridge, 1 % of the mean of the
+    metric of ``E[z z^T]``: so ``E ||W x - W_hat z||^2`` is least (AA-SVD, 2026); in the metric ``fisher`` with each row
+    at its importance. The ridge, 1 % of the mean of the
     diagonal, draws B to W. Where a site has a bias it takes up the means, ``b + W E[x] - W_hat E[z]``. Where x and z
     are the same, up to rounding, B is W.
     """
@@ -107,7 +110,9 @@ class Anchored:
         """Worked out once for linear sites that read the same activations one after the other."""
         state = [(id(a), a._version) for a in activations]
         if site.kind.is_conv or self._last is None or self._last[0] != state:
-            self._last = (state, tuple(activations), _Pair.of(site, activations))
+            by_batch = self.unit.importance if metric_name(self.unit) == "fisher" else ()
+            importance = [weights.get(site.order) for weights in by_batch[: len(activations) // 2]]
+            self._last = (state, tuple(activations), _Pair.of(site, activations, importance))
         return self._last[2]
 
 
@@ -125,7 +130,9 @@ def _response(weight: Tensor, mean: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """``E[(x - z) z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows."""
+    """``E[(x - z) z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows (of equal
+    importance that tell as much).
+    """
 
     drift: Tensor
     own: Tensor
@@ -136,26 +143,33 @@ class _Pair:
     """Whether x and z differ by more than rounding."""
 
     @classmethod
-    def of(cls, site: Site, activations: Sequence[Tensor]) -> _Pair:
+    def of(cls, site: Site, activations: Sequence[Tensor], importance: Sequence[Tensor | None] = ()) -> _Pair:
+        """From the activations of all dense runs and then those of all changing ones; with the importance of the rows
+        of each pair, where it is known.
+        """
         groups, _, width = site.matrix
         drift, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
         sums = torch.zeros(2, groups, width, dtype=torch.float64)
-        half, count, apart, total, exact = len(activations) // 2, 0, 0.0, 0.0, torch.float32
-        for seed, (x, z) in enumerate(zip(activations[:half], activations[half:], strict=True)):
-            for (dense, _), (new, _) in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
+        half, mass, square, apart, total, exact = len(activations) // 2, 0.0, 0.0, 0.0, 0.0, torch.float32
+        pairs = zip_longest(activations[:half], activations[half:], importance[:half])
+        for seed, (x, z, weights) in enumerate(pairs):
+            for (dense, places), (new, _) in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
                 exact = dense.dtype if dense.dtype == torch.float64 else torch.float32
                 a, b = dense.to(exact).movedim(1, 0), new.to(exact).movedim(1, 0)
                 good = torch.isfinite(a).all(2).all(0) & torch.isfinite(b).all(2).all(0)
-                a, b = (a, b) if bool(good.all()) else (a[:, good], b[:, good])
-                between = a - b
+                each = (torch.ones(len(places)) if weights is None else weights[places]).to(a)
+                a, b, each = (a, b, each) if bool(good.all()) else (a[:, good], b[:, good], each[good])
+                between, scaled = a - b, b * each[:, None]
                 apart, total = apart + float(between.square().sum()), total + float(a.square().sum())
-                drift += (between.mT @ b).cpu()
-                own += (b.mT @ b).cpu()
-                sums += torch.stack([a.sum(1, dtype=torch.float64), b.sum(1, dtype=torch.float64)]).cpu()
-                count += a.shape[1]
-        mean_x, mean_z = sums / max(count, 1)
+                drift += (between.mT @ scaled).cpu()
+                own += (b.mT @ scaled).cpu()
+                both = torch.stack([a * each[:, None], scaled])
+                sums += both.sum(2, dtype=torch.float64).cpu()
+                mass, square = mass + float(each.sum()), square + float(each.double().square().sum())
+        mean_x, mean_z = sums / max(mass, 1e-30)
         moved = apart > (_ROUNDING * torch.finfo(exact).eps) ** 2 * total
-        return cls(drift / max(count, 1), own / max(count, 1), mean_x, mean_z, count, moved)
+        rows = round(mass**2 / square) if square > 0 else 0
+        return cls(drift / max(mass, 1e-30), own / max(mass, 1e-30), mean_x, mean_z, rows, moved)
 
     def target(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         """The weight B to fit, and the metric to fit it in."""

@@ -42,6 +42,8 @@ class Unit:
     statistics: Statistics | None = None
     anchors: tuple[Any, ...] = ()
     """Calibration batches, as the program reads them, for fits on what the model that is cut makes of them."""
+    importance: tuple[Mapping[int, Tensor], ...] = ()
+    """Of each of the anchors: ``site.order`` -> how much the rows that the site reads matter, where that is known."""
     sites: tuple[Site, ...] = ()
     candidates: Mapping[int, tuple[Candidate, ...]] = field(default_factory=dict)
     plan: Plan | None = None

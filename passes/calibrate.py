@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,15 +20,15 @@ from tdc.statistics import (
     Collector,
     Gradients,
     Moments,
-    Probe,
     SiteStatistics,
     Statistics,
     divergence,
-    logits_among,
 )
 
+from ._backwards import Backwards, stored_moment
 from ._split_half import split_half
 from .base import Pass, Unit
+from .propose_layouts import metric_name
 
 __all__ = ["Calibrate"]
 
@@ -67,7 +66,7 @@ class Calibrate(Pass):
                 unit = unit.having(statistics=_gather(unit, anchors))
             else:
                 anchors.read(unit)
-            unit = unit.having(anchors=tuple(anchors.batches))
+            unit = unit.having(anchors=tuple(anchors.batches), importance=tuple(anchors.importance))
         if unit.statistics is None:
             if unit.options.metric in ("input", "fisher") and unit.plan is None:
                 raise OptionError(f"metric={unit.options.metric!r} needs calibration= or statistics=")
@@ -99,18 +98,26 @@ class _Anchors:
     """The first batches of the calibration data, up to some size."""
 
     batches: list[Any] = field(default_factory=list)
+    importance: list[Mapping[int, Tensor]] = field(default_factory=list)
     size: int = 0
 
-    def add(self, batch: Any) -> bool:
-        """Whether there is room for more."""
+    def add(self, batch: Any, backwards: Backwards) -> bool:
+        """Whether there is room for more. ``backwards`` has just run on the batch, if it is to."""
         self.size += size_of(batch)
         if self.size <= _ANCHOR_BYTES and is_usable(batch):
             self.batches.append(batch)
+            self.importance.append(backwards.of_batch())
         return self.size <= _ANCHOR_BYTES
 
     def read(self, unit: Unit) -> None:
-        for batch in unit.program.batches(unit.calibration):
-            if not self.add(batch):
+        """The calibration data, for statistics that were gathered before."""
+        backwards = Backwards(unit, Gradients())
+        known = unit.statistics is not None and any(e.important is not None for e in unit.statistics.sites)
+        batches = unit.program.batches(unit.calibration)
+        for batch in track(batches, "weighing rows", show=unit.options.progress and known):
+            if known and metric_name(unit) == "fisher" and is_usable(batch):
+                backwards.add(batch)
+            if not self.add(batch, backwards):
                 break
 
 
@@ -131,7 +138,7 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
         remarks.append(
             Remark("", "calibrate", f"no output gradients, the metric is that of the inputs: {backwards.failed}")
         )
-    stored = [_stored(sums[k], _first(seen, place, k)) for k in range(len(sums))]
+    stored = [stored_moment(sums[k], _first(seen, place, k)) for k in range(len(sums))]
     moments, means = tuple(moment for moment, _ in stored), tuple(mean for _, mean in stored)
     probe = list(unit.program.batches(unit.probe)) if unit.probe is not None else []
     entries = tuple(_entry(site, place[site.order], sums[place[site.order]], collector) for site in seen)
@@ -157,13 +164,6 @@ def _first(seen: Sequence[Site], place: Mapping[int, int], k: int) -> Site:
     return next(site for site in seen if place[site.order] == k)
 
 
-def _stored(sums: Moments, site: Site) -> tuple[Tensor, Tensor]:
-    """Moment and mean as the statistics keep them: without the axis of groups for linear sites."""
-    mass = sums.mass or sums.rows
-    moment, mean = (sums.total / mass).float(), (sums.sum / mass).float()
-    return (moment, mean) if site.kind.is_conv else (moment[0], mean[0])
-
-
 def _with_importance(
     entries: Sequence[SiteStatistics], sums: Sequence[Moments], moments: Sequence[Tensor], means: Sequence[Tensor]
 ) -> tuple[tuple[SiteStatistics, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -173,7 +173,7 @@ def _with_importance(
         if own.important is not None and own.important.mass > 0:
             first = next(entry.site for entry in entries if entry.moment == k)
             places[k] = (len(moments), own.important.effective_rows)
-            moment, mean = _stored(own.important, first)
+            moment, mean = stored_moment(own.important, first)
             moments.append(moment)
             means.append(mean)
     changed = tuple(replace(entry, important=places.get(entry.moment)) for entry in entries)
@@ -186,66 +186,11 @@ def _entry(site: Site, place: int, sums: Moments, collector: Collector) -> SiteS
     return SiteStatistics(site, place, sums.rows, 1.0, side, sums.seen, lengths)
 
 
-@dataclass
-class _Backwards:
-    """Gathers output gradients batch by batch, until the program says that it cannot."""
-
-    unit: Unit
-    gradients: Gradients
-    logits: str | None = None
-    failed: str = ""
-    count: int = 0
-    readers: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-    """``site.order`` -> that of all sites that read the same activation."""
-
-    @property
-    def wanted(self) -> bool:
-        return self.unit.options.metric in ("auto", "fisher") and not self.failed
-
-    def add(self, batch: Any) -> None:
-        if self.count == 0:
-            self.logits = logits_among(self.unit.program.outputs(batch, {}))
-            if self.wanted:
-                self.readers = _readers(self.unit, batch)
-        self.count += 1
-        self.gradients.norms.clear()
-        if self.wanted:
-            loss = Probe(self.logits, self.unit.options.seed + self.count)
-            self.failed = self.unit.program.gradients(batch, self.unit.sites, loss, self.gradients.tap)
-
-    def importance(self, site: Site) -> Tensor | None:
-        """Of the rows that the site reads in the last batch that was added."""
-        return None if self.failed else self.gradients.importance(self.readers.get(site.order, ()))
-
-    def kept(self, entries: Sequence[SiteStatistics]) -> tuple[tuple[SiteStatistics, ...], tuple[Tensor, ...]]:
-        """The entries with the places of their gradients, and those; none if it failed on the way."""
-        sums = {} if self.failed else {o: s for o, s in self.gradients.sums.items() if s.rows}
-        sites = [entry.site for entry in entries if entry.site.order in sums]
-        places = {site.order: k for k, site in enumerate(sites)}
-        stored = tuple(_stored(sums[site.order], site)[0] for site in sites)
-        return tuple(replace(entry, gradient=places.get(entry.site.order)) for entry in entries), stored
-
-
-def _readers(unit: Unit, batch: Any) -> dict[int, tuple[int, ...]]:
-    """``site.order`` -> that of all sites that read the same activation in this batch."""
-    met: list[tuple[weakref.ref[Tensor], list[int]]] = []
-
-    def tap(site: Site, activation: Tensor) -> None:
-        orders = next((orders for ref, orders in met if ref() is activation), None)
-        if orders is None:
-            met.append((weakref.ref(activation), [site.order]))
-        else:
-            orders.append(site.order)
-
-    unit.program.observe(batch, unit.sites, tap)
-    return {order: tuple(dict.fromkeys(orders)) for _, orders in met for order in orders}
-
-
-def _observe(unit: Unit, anchors: _Anchors) -> tuple[Collector, Any, int, _Backwards]:
+def _observe(unit: Unit, anchors: _Anchors) -> tuple[Collector, Any, int, Backwards]:
     """Sums over all batches, the first batch with entries that are all finite, how many batches there were, and the
     output gradients.
     """
-    backwards, first, count = _Backwards(unit, Gradients()), None, 0
+    backwards, first, count = Backwards(unit, Gradients()), None, 0
     collector = Collector(unit.program.weight, backwards.importance)
     try:
         length = len(unit.calibration)
@@ -259,8 +204,8 @@ def _observe(unit: Unit, anchors: _Anchors) -> tuple[Collector, Any, int, _Backw
             backwards.add(batch)
         unit.program.observe(batch, unit.sites, collector.tap)
         collector.end_batch()
+        anchors.add(batch, backwards)
         backwards.gradients.norms.clear()
-        anchors.add(batch)
         count += 1
     if count == 0:
         raise CalibrationError("the calibration data is empty: it gave no batch")

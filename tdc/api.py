@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import nn
 
 from . import targets
 from ._common import Names, checked_options, goal_of, new_unit, peeked, realized, reported
+from ._graphs import compress_export, compress_onnx
 from ._search import searched
 from .archive import RECORD, load, note_in_config, save, stored_report
-from .errors import BudgetError, DestinationError, ModelError, OptionError
+from .errors import BudgetError, ModelError, OptionError
 from .front import Front, front_of
 from .frontends.nn import Factored, NnProgram
 from .heal import Heal, heal, healed
-from .ir import Plan
+from .ir import Cost, Plan
 from .options import Options
 from .passes.base import Unit
 from .passes.calibrate import Calibrate
@@ -198,22 +196,19 @@ def compress(
         model: a trained module. It is not changed, unless ``inplace``.
         example_inputs: one batch, a tuple or a dict of keywords, to trace the model; default the first batch.
         budget: what may stay, as fractions of the dense cost of the candidate sites: ``"params=0.5"``, or several,
-            ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs. Or what may be lost:
-            ``"loss=0.01"`` keeps as few parameters as let the outputs move by that, measured on the probe batches, else
-            the calibration batches (nats of logits, about the fraction by which the perplexity rises; else the relative
-            squared change); ``"loss=0.01,macs=min"`` as few multiply-adds.
+            ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs. Or ``"loss=0.01"``: as few
+            parameters (``"loss=0.01,macs=min"``: multiply-adds) as move the outputs by that, in nats of logits or their
+            relative square, on the probe batches, else the calibration batches.
         calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
         metric: norm of the error: ``weight`` (Frobenius, no data), ``input`` (mean squared error of the layer's output
             on the data), ``fisher`` (weighted by the gradients of the model's loss in it), ``auto``: the best possible.
         target: the machine, see ``tdc list targets``.
         plan: a Plan, or the path of a plan file, to apply instead of a budget.
         allow: names of the decompositions to choose from, or ``all``; default as ``tdc list decompositions`` says.
-        exclude: names of sites or modules, or shell patterns, that stay dense.
+        exclude, probe: sites or modules (names, shell patterns) that stay dense; batches, see :func:`calibrate`.
         allocation: ``lagrangian`` (one budget over all sites) or ``uniform`` (each site keeps the same fraction).
-        probe: batches for the sensitivities, see :func:`calibrate`.
         heal: train the factors on the calibration data, without labels: True, or a :class:`Heal`; see :func:`heal`.
-        evaluate, metric_drop: a function of a model, higher is better, and how much of its value may be lost: as few
-            parameters as allow that stay (budget ``"macs=min"``: multiply-adds). Called for each of up to nine models.
+        evaluate, metric_drop: a function of a model, higher is better, and how much of that may be lost, as a budget.
         seed: recorded in the plan; same input, options and seed give the same factors.
         progress, inplace: show a bar on work over two seconds; replace modules in ``model`` itself, all or none.
 
@@ -225,25 +220,29 @@ def compress(
         CalibrationError, PlanError: data, statistics or a plan that cannot be read or do not fit the model.
         ModelError, OptionError: not a module, or no site in it; unknown names or values.
     """
-    _check_module(model, heal, calibration, inplace)
+    _check_module(model, heal, calibration, inplace, evaluate)
     example, calibration = peeked(example_inputs, calibration)
     options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
-    if inplace and evaluate is not None:
-        raise OptionError("evaluate= compares models with the dense one, which inplace=True changes")
     options, goal = goal_of(options, evaluate, metric_drop, model, lambda result: result)
     program = _open(model, example, inplace=inplace)
     before = program.cost()
     unit = realized(new_unit(program, options, calibration, statistics, probe), plan, goal=goal)
-    small: M = unit.result
+    wanted = heal if isinstance(heal, Heal) else Heal(seed=seed) if heal else None
+    return _finished(unit, model, before, example, wanted)
+
+
+def _finished(unit: Unit, model: nn.Module, before: Cost, example: Any, heal: Heal | None) -> Any:
+    """The new module, with its report and plan in it, healed where that is wanted."""
+    small = unit.result
     assert unit.plan is not None
     small.__dict__[RECORD] = (reported(unit, before, NnProgram(small, example).cost()), unit.plan)
-    if heal:
-        healed(small, model, unit.anchors, heal if isinstance(heal, Heal) else Heal(seed=seed), progress=progress)
+    if heal is not None:
+        healed(small, model, unit.anchors, heal, progress=unit.options.progress)
     note_in_config(small, small.__dict__[RECORD])
     return small
 
 
-def _check_module(model: object, heal: object, calibration: object, inplace: bool) -> None:
+def _check_module(model: object, heal: object, calibration: object, inplace: bool, evaluate: object) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"compress takes a torch.nn.Module; got {type(model).__name__} (for ONNX files: compress_onnx)"
@@ -251,114 +250,8 @@ def _check_module(model: object, heal: object, calibration: object, inplace: boo
     if heal and (calibration is None or inplace):
         needed = "the dense model, which inplace=True changes" if inplace else "calibration data: give calibration="
         raise OptionError(f"heal= needs {needed}")
-
-
-def compress_onnx(
-    source: str | Path,
-    destination: str | Path,
-    *,
-    budget: object = None,
-    calibration: Any = None,
-    statistics: Statistics | str | Path | None = None,
-    metric: str = "auto",
-    target: str = "auto",
-    plan: Plan | str | Path | None = None,
-    allow: Names = None,
-    exclude: Names = (),
-    allocation: str = "lagrangian",
-    probe: Any = None,
-    evaluate: Callable[[Path], float] | None = None,
-    metric_drop: float | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> Report:
-    """Compress an ONNX file into another one of standard operators; arguments as for :func:`compress`.
-
-    The result is checked (onnx.checker with shape inference, an onnxruntime session) before it gets its name; a failure
-    leaves nothing behind. Names, metadata, opset and all that is not replaced stay. The report is stored in the
-    metadata (``tdc.report``). ``evaluate`` gets the path of a file: of the source, and of candidates.
-
-    Raises:
-        ModelError: a source that is not a valid ONNX model.
-        DestinationError: a destination that cannot be written, or is the source.
-        VerificationError: a result that the checker or onnxruntime refuses.
-        BudgetError, CalibrationError, PlanError, OptionError: as for :func:`compress`.
-    """
-    from .files import checked_destination
-    from .frontends.onnx import OnnxProgram, file_size, load_model, save_model
-
-    into, out = Path(source), checked_destination(destination)
-    if out.exists() and into.exists() and out.samefile(into):
-        raise DestinationError(f"{out} is the input file: choose another name for the output")
-    options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
-    program = OnnxProgram(load_model(into), into)
-    example, calibration = peeked(None, calibration)
-    batch = next(program.batches([example]), None) if example is not None else None
-    before = program.cost(batch)
-    with TemporaryDirectory(dir=out.parent if evaluate is not None else None) as folder:
-
-        def written(result: Any) -> Path:
-            save_model(result, candidate := Path(folder) / out.name, source=into, metadata={})
-            return candidate
-
-        options, goal = goal_of(options, evaluate, metric_drop, into, written)
-        unit = realized(new_unit(program, options, calibration, statistics, probe), plan, goal=goal)
-    made = replace(reported(unit, before, OnnxProgram(unit.result, None).cost(batch)), files=(file_size(into), 0))
-    save_model(unit.result, out, source=into, metadata={"tdc.report": made.to_json()})
-    return stored_report(out)
-
-
-def compress_export(
-    program: ExportedProgram,
-    *,
-    budget: object = None,
-    calibration: Any = None,
-    statistics: Statistics | str | Path | None = None,
-    metric: str = "auto",
-    target: str = "auto",
-    plan: Plan | str | Path | None = None,
-    allow: Names = None,
-    exclude: Names = (),
-    allocation: str = "lagrangian",
-    probe: Any = None,
-    evaluate: Callable[[ExportedProgram], float] | None = None,
-    metric_drop: float | None = None,
-    seed: int = 0,
-    progress: bool = True,
-) -> ExportedProgram:
-    """Compress an ``ExportedProgram`` into another one of standard operators; arguments as for :func:`tdc.compress`.
-
-    Inputs, outputs, dynamic sizes and the names of all that is not replaced stay. The result can be saved by
-    ``torch.export.save``, compiled by AOTInductor and exported by ``torch.onnx.export``. Batches are what the program
-    takes: a tensor, a tuple, a dict of keywords.
-
-    Returns:
-        The new program; :func:`tdc.report` tells what was done, as long as it is not saved and loaded.
-
-    Raises:
-        ModelError: not an exported program, or one without sites.
-        VerificationError: a result that cannot be exported again, or gives something else.
-        BudgetError, CalibrationError, PlanError, OptionError: as for :func:`tdc.compress`.
-    """
-    from .frontends.fx.export import export_again, open_exported
-
-    if not isinstance(program, torch.export.ExportedProgram):
-        raise ModelError(f"compress_export takes a torch.export.ExportedProgram; got {type(program).__name__}")
-    if plan is None and budget is None and evaluate is None:
-        raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
-    options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
-    calibration = peeked(None, calibration)[1]
-    opened = open_exported(program)
-    before = opened.cost()
-    options, goal = goal_of(
-        options, evaluate, metric_drop, program, lambda result: export_again(program, opened, result)
-    )
-    unit = realized(new_unit(opened, options, calibration, statistics, probe), plan, goal=goal)
-    made = reported(unit, before, opened.cost_of(unit.result))
-    small = export_again(program, opened, unit.result)
-    assert unit.plan is not None
-    small.__dict__[RECORD] = (made, unit.plan)
-    return small
+    if inplace and evaluate is not None:
+        raise OptionError("evaluate= compares models with the dense one, which inplace=True changes")
 
 
 def report(small: nn.Module | ExportedProgram | str | Path) -> Report:
