@@ -105,6 +105,33 @@ def test_at_full_rank_anchored_fits_are_exact(dtype: torch.dtype) -> None:
     assert all(site.weight_error <= bound**2 for site in tdc.report(small).sites)
 
 
+def test_statistics_gathered_before_or_on_the_way_anchor_alike() -> None:
+    model, data = random_mlp((24, 40, 32, 16)), torch.randn(400, 24)
+    batches = list(data.split(100))
+    known = tdc.calibrate(model, batches, progress=False)
+    assert all(entry.important is not None for entry in known.sites)
+    options: dict[str, Any] = {"budget": "params=0.6", "calibration": batches, "progress": False}
+    pair = [tdc.compress(model, **options), tdc.compress(model, statistics=known, **options)]
+    first, second = (small.state_dict() for small in pair)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_row_of_twice_the_importance_counts_as_two(windows: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    shape = (6, 4, 5, 5) if windows else (12, 4)
+    x, z = (torch.randn(shape, generator=generator) for _ in range(2))
+    layer = nn.Conv2d(4, 3, 3) if windows else nn.Linear(4, 3)
+    (place,) = NnProgram(nn.Sequential(layer), (x,)).sites()[0]
+    rows = 9 if windows else 1
+    weights = torch.ones(len(x)).index_fill(0, torch.tensor([1, 3]), 2).repeat_interleave(rows)
+    twice = torch.tensor([k for k in range(len(x)) for _ in range(2 if k in (1, 3) else 1)])
+    pair, doubled = _Pair.of(place, [x, z], [weights]), _Pair.of(place, [x[twice], z[twice]])
+    for name in ("drift", "own", "mean_x", "mean_z"):
+        assert torch.allclose(getattr(pair, name), getattr(doubled, name), rtol=1e-5, atol=1e-6)
+    assert pair.rows < doubled.rows
+
+
 def test_batches_without_a_finite_row_in_the_cut_model_anchor_nothing() -> None:
     given = [torch.ones(3, 2), torch.full((3, 2), float("nan"))]
     pair = _Pair.of(site(0), given)
