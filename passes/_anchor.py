@@ -12,13 +12,13 @@ from torch import Tensor
 
 from tdc.frontends.program import Change
 from tdc.ir import Candidate, Metric, Site
-from tdc.statistics import SiteStatistics, shrunk
+from tdc.statistics import SiteStatistics, divergence, logits_among, shrunk
 from tdc.statistics.patches import input_rows
 
 from .base import Unit
 from .propose_layouts import metric_name
 
-__all__ = ["Anchored", "anchors_of"]
+__all__ = ["Anchored", "anchors_of", "held_out", "loses_more"]
 
 _RIDGE = 1e-2
 _ROUNDING = 1e3
@@ -46,6 +46,27 @@ def anchors_of(unit: Unit, known: Mapping[int, SiteStatistics]) -> list[Any]:
     largest = max((e.seen / batches * e.site.matrix[2] / _taps(e.site) for e in known.values()), default=0.0)
     most = int(_MEMORY / max(1.0, 2 * 4 * _LIVE * largest))
     return list(unit.anchors[:most]) if most > 1 else []
+
+
+def held_out(anchors: Sequence[Any]) -> int:
+    """How many of the batches, the last ones, are kept apart to see whether anchoring helps: an eighth, at most four;
+    none of fewer than four.
+    """
+    return min(4, max(1, len(anchors) // 8)) if len(anchors) >= 4 else 0
+
+
+def loses_more(unit: Unit, first: Anchored, second: Anchored, batches: Sequence[Any]) -> tuple[float, float] | None:
+    """How far the outputs move on the batches with each of two fits, if they do more so with the first one."""
+    references = [unit.program.outputs(batch, {}) for batch in batches]
+    logits = logits_among(references[0])
+    moved = [
+        sum(
+            divergence(old, unit.program.outputs(b, fits.changes), logits)
+            for b, old in zip(batches, references, strict=True)
+        )
+        for fits in (first, second)
+    ]
+    return (moved[0] / len(batches), moved[1] / len(batches)) if moved[0] > moved[1] else None
 
 
 def _taps(site: Site) -> int:
@@ -78,17 +99,18 @@ class Anchored:
     shifts: dict[int, Tensor] = field(default_factory=dict)
     overflown: set[int] = field(default_factory=set)
     anchored: set[int] = field(default_factory=set)
-    _changes: dict[int, Change] = field(default_factory=dict)
+    changes: dict[int, Change] = field(default_factory=dict)
+    """The weights that the factors rebuild, and what the biases take up."""
     _last: tuple[list[tuple[int, int]], tuple[Tensor, ...], _Pair] | None = None
 
     def __call__(self, site: Site, activations: Sequence[Tensor]) -> Change | None:
         choice = self.planned.get(site.order)
-        if choice is None or site.order in self._changes or site.order in self.overflown:
-            return self._changes.get(site.order)
+        if choice is None or site.order in self.changes or site.order in self.overflown:
+            return self.changes.get(site.order)
         weight = self.unit.program.weight(site)
         double, moments = weight.double(), None
         metric = self.metric(site, double)
-        if activations and self._changes and _can_anchor(self.known.get(site.order), site):
+        if activations and self.changes and _can_anchor(self.known.get(site.order), site):
             moments = self._moments(site, activations)
         if moments is not None and moments.moved:
             double, metric = moments.target(double, metric)
@@ -103,7 +125,7 @@ class Anchored:
         shift = None if metric.mean is None else _shift(weight.double(), rebuilt, anchor, metric.mean)
         if shift is not None and anchor is not None:
             self.shifts[site.order] = shift
-        self._changes[site.order] = change = Change(rebuilt.to(weight.dtype), shift)
+        self.changes[site.order] = change = Change(rebuilt.to(weight.dtype), shift)
         return change
 
     def _moments(self, site: Site, activations: Sequence[Tensor]) -> _Pair:

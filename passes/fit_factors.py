@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +12,9 @@ from tdc import decompositions
 from tdc.errors import VerificationError
 from tdc.ir import DENSE, Candidate, Metric, Plan, Remark
 from tdc.progress import counted
+from tdc.statistics import SiteStatistics
 
-from ._anchor import Anchored, anchors_of
+from ._anchor import Anchored, anchors_of, held_out, loses_more
 from .base import Pass, Unit
 from .propose_layouts import lowered, metric_name, metric_of, site_statistics
 
@@ -26,7 +27,8 @@ class FitFactors(Pass):
     remark.
 
     Where calibration data is at hand and the door can run the model in parts, each site is fitted on what the sites
-    before it, already cut, make of the data (see :class:`._anchor.Anchored`).
+    before it, already cut, make of the data (see :class:`._anchor.Anchored`). Of four batches or more the last are
+    kept apart: where the outputs move more on them than with fits on what the dense model makes of it, those are taken.
     """
 
     name = "fit-factors"
@@ -37,31 +39,60 @@ class FitFactors(Pass):
 
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
-        known = site_statistics(unit)
         planned = {choice.site.order: choice for choice in unit.plan.choices if not choice.is_dense}
         with counted("fitting factors", len(planned), show=unit.options.progress) as advance:
-            visit = Anchored(
-                unit,
-                planned,
-                known,
-                lambda site, weight: metric_of(unit, site, known.get(site.order), weight),
-                lambda choice, weight, metric: _stored(unit, choice, weight, metric),
-                advance,
-            )
-            anchors = anchors_of(unit, known) if metric_name(unit) != "weight" else []
-            if anchors and planned:
-                reason = unit.program.lockstep(anchors, unit.sites, visit)
-                if reason:
-                    unit = unit.remarking(Remark("", self.name, f"not fitted to the cut model's own inputs: {reason}"))
-            for site in unit.sites:  # all of them, or those that the batches did not reach
-                if site.order not in visit.factors and site.order not in visit.overflown:
-                    visit(site, ())
+            visit, unit = _anchored(unit, planned, advance)
         failed = {
             order: Remark(planned[order].site.name, self.name, _overflow(planned[order])) for order in visit.overflown
         }
         return left_dense(unit, failed).having(
             factors=visit.factors, shifts=visit.shifts, anchored=frozenset(visit.anchored)
         )
+
+
+def _anchored(unit: Unit, planned: Mapping[int, Candidate], advance: Callable[[], None]) -> tuple[Anchored, Unit]:
+    """The fits, and the unit with remarks on them."""
+    known = site_statistics(unit)
+    anchors = anchors_of(unit, known) if metric_name(unit) != "weight" and planned else []
+    apart = held_out(anchors)
+    visit = _visitor(unit, planned, known, advance)
+    if anchors:
+        reason = unit.program.lockstep(anchors[: len(anchors) - apart], unit.sites, visit)
+        if reason:
+            unit = unit.remarking(Remark("", FitFactors.name, f"not fitted to the cut model's own inputs: {reason}"))
+    _visit_rest(unit, visit)
+    if not visit.anchored or not apart:
+        return visit, unit
+    plain = _visitor(unit, planned, known, lambda: None)
+    _visit_rest(unit, plain)
+    moved = loses_more(unit, visit, plain, anchors[-apart:])
+    if moved is None:
+        return visit, unit
+    reason = (
+        f"fits to the inputs of the cut model move the outputs by {moved[0]:.4g} on {apart} held-out batch(es), those "
+        f"to the inputs of the dense model by {moved[1]:.4g}: the latter are taken"
+    )
+    return plain, unit.remarking(Remark("", FitFactors.name, reason))
+
+
+def _visitor(
+    unit: Unit, planned: Mapping[int, Candidate], known: Mapping[int, SiteStatistics], advance: Callable[[], None]
+) -> Anchored:
+    return Anchored(
+        unit,
+        planned,
+        known,
+        lambda site, weight: metric_of(unit, site, known.get(site.order), weight),
+        lambda choice, weight, metric: _stored(unit, choice, weight, metric),
+        advance,
+    )
+
+
+def _visit_rest(unit: Unit, visit: Anchored) -> None:
+    """The sites that no batches have reached."""
+    for site in unit.sites:
+        if site.order not in visit.factors and site.order not in visit.overflown:
+            visit(site, ())
 
 
 def _overflow(choice: Candidate) -> str:
