@@ -41,6 +41,13 @@ def test_calibrate_plan_compress_report(model: Path, capsys: pytest.CaptureFixtu
     assert main(["calibrate", str(model), str(folder / "data.npz"), "-o", stats, "--quiet"]) == 0
     assert main(["plan", str(model), "--budget", "params=0.6", "--statistics", stats, "-o", plan, "--quiet"]) == 0
     assert "of 2 candidate sites replaced" in capsys.readouterr().out
+    assert main(["plan", str(model), "--budget", "params=0.6", "--statistics", stats, "--explain", "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "loss + price" in told
+    assert told.count("\n* ") == 2
+    data = str(folder / "data.npz")
+    assert main(["plan", str(model), "--budget", "loss=0.05", "--calibration", data, "--quiet"]) == 0
+    assert "plans were measured" in capsys.readouterr().out
     assert main(["compress", str(model), out, "--plan", plan, "--statistics", stats, "--quiet"]) == 0
     capsys.readouterr()
     assert main(["report", out, "--json"]) == 0
