@@ -1,20 +1,22 @@
 """CP of VGG11's convolutions: fitted in the metric, in its output mode alone, and by Frobenius norm, at equal ranks.
 
-    python benchmarks/bench_cp.py
+    python benchmarks/bench_cp.py [--again]
 
 Training images 0 to 2047 for the statistics. `error`: squared error in the metric (the unshrunk moment of the patches)
 as a fraction of the mean square of the layer's output, at a fifth and a tenth of the layer's parameters. `all modes` is
 what TDC fits; `outputs` starts from the Frobenius fit and solves for the output factor in the metric, which is what a
-published reproduction does; `sensitivity` and `cancellation`: of the corrected factors.
+published reproduction does; `sensitivity` and `cancellation`: of the corrected factors. Rows that are there already
+are kept; --again measures all of them anew.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Any
 
 import torch
-from common import write_rows
+from common import read_rows, write_rows
 from torch import Tensor
 from vgg import cifar, load_vgg11
 
@@ -27,17 +29,23 @@ from tdc.ir import Layout, Metric, Site
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true")
+    old = [] if parser.parse_args().again else [row for row in read_rows("cp") if row["keep"]]
+    done = {(row["site"], row["keep"]) for row in old}
     torch.manual_seed(0)
     model = load_vgg11()
     calibration = cifar("train", 2048)[0]
     statistics = tdc.calibrate(model, list(calibration.split(256)), progress=False)
     program, cp = NnProgram(model, (calibration[:4],)), decompositions.get("cp")
     sites = [site for site in program.sites()[0] if site.kind.is_conv and site.axes["i"] > 3]
-    known, rows = statistics.of(sites), []
+    known, rows = statistics.of(sites), [dict[str, Any](row) for row in old]
     for site in sites:
         weight = program.weight(site).double()
         metric, fitting = (statistics.metric(known[site.order], weight, fitting=f) for f in (False, True))
         for keep in (0.2, 0.1):
+            if (site.name, str(keep)) in done:
+                continue
             per_rank = site.axes["o"] + site.axes["i"] + 9
             rank = round(keep * weight.numel() / per_rank)
             layout = cp.layout(site.axes, {"r": rank}, "")
