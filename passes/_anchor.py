@@ -28,9 +28,9 @@ _MEMORY = 3 << 30
 _LIVE = 4
 """Tensors of the size of a site's input that a run holds at a time, about."""
 
-Fitted = Callable[[Candidate, Tensor, Metric], tuple[Mapping[str, Tensor], Tensor]]
-"""Fits a candidate to a weight (float64, canonical) in a metric: the stored factors and the weight that they rebuild,
-no factors where they overflow."""
+Fitted = Callable[[Sequence[Candidate], Sequence[Tensor], Sequence[Metric]], list[tuple[Mapping[str, Tensor], Tensor]]]
+"""Fits a candidate, or those of a joint group, to weights (float64, canonical) in their metrics: of each the stored
+factors and the weight that they rebuild, no factors where they overflow."""
 
 
 def _can_anchor(entry: SiteStatistics | None, site: Site) -> bool:
@@ -105,28 +105,37 @@ class Anchored:
 
     def __call__(self, site: Site, activations: Sequence[Tensor]) -> Change | None:
         choice = self.planned.get(site.order)
-        if choice is None or site.order in self.changes or site.order in self.overflown:
-            return self.changes.get(site.order)
-        weight = self.unit.program.weight(site)
-        double, moments = weight.double(), None
-        metric = self.metric(site, double)
-        if activations and self.changes and _can_anchor(self.known.get(site.order), site):
-            moments = self._moments(site, activations)
-        if moments is not None and moments.moved:
-            double, metric = moments.target(double, metric)
-            self.anchored.add(site.order)
-        factors, rebuilt = self.fitted(choice, double, metric)
-        self.advance()
-        if not factors:
-            self.overflown.add(site.order)
-            return None
-        self.factors[site.order] = factors
-        anchor = moments if site.order in self.anchored else None
-        shift = None if metric.mean is None else _shift(weight.double(), rebuilt, anchor, metric.mean)
-        if shift is not None and anchor is not None:
-            self.shifts[site.order] = shift
-        self.changes[site.order] = change = Change(rebuilt.to(weight.dtype), shift)
-        return change
+        if choice is not None and site.order not in self.changes and site.order not in self.overflown:
+            joint = choice.joint
+            beside = [c for c in self.planned.values() if joint and c.joint and c.joint.group == joint.group]
+            self._fit(sorted(beside, key=lambda c: c.site.order) or [choice], activations)
+        return self.changes.get(site.order)
+
+    def _fit(self, choices: Sequence[Candidate], activations: Sequence[Tensor]) -> None:
+        """One site, or those of a joint group, which read the same activations."""
+        sites = [choice.site for choice in choices]
+        weights = [self.unit.program.weight(site) for site in sites]
+        doubles = [weight.double() for weight in weights]
+        metrics = [self.metric(site, double) for site, double in zip(sites, doubles, strict=True)]
+        anchor = None
+        if activations and self.changes and all(_can_anchor(self.known.get(site.order), site) for site in sites):
+            moments = self._moments(sites[0], activations)
+            anchor = moments if moments.moved else None
+        if anchor is not None:
+            pairs = [anchor.target(double, metric) for double, metric in zip(doubles, metrics, strict=True)]
+            doubles, metrics = [double for double, _ in pairs], [metric for _, metric in pairs]
+            self.anchored |= {site.order for site in sites}
+        fits = self.fitted(choices, doubles, metrics)
+        for site, weight, metric, (factors, rebuilt) in zip(sites, weights, metrics, fits, strict=True):
+            self.advance()
+            if not factors:
+                self.overflown.add(site.order)
+                continue
+            self.factors[site.order] = factors
+            shift = None if metric.mean is None else _shift(weight.double(), rebuilt, anchor, metric.mean)
+            if shift is not None and anchor is not None:
+                self.shifts[site.order] = shift
+            self.changes[site.order] = Change(rebuilt.to(weight.dtype), shift)
 
     def _moments(self, site: Site, activations: Sequence[Tensor]) -> _Pair:
         """Worked out once for linear sites that read the same activations one after the other."""

@@ -15,7 +15,10 @@ from tdc.options import Options
 from tdc.statistics import Statistics
 from tdc.targets import Target
 
-__all__ = ["Pass", "SiteErrors", "Unit"]
+__all__ = ["Members", "Pass", "SiteErrors", "Unit"]
+
+Members = tuple[Candidate, ...]
+"""The candidates of a joint group, one a site, in topological order."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Unit:
     """Of each of the anchors: ``site.order`` -> how much the rows that the site reads matter, where that is known."""
     sites: tuple[Site, ...] = ()
     candidates: Mapping[int, tuple[Candidate, ...]] = field(default_factory=dict)
+    joint: Mapping[int, tuple[Members, ...]] = field(default_factory=dict)
+    """Group number -> what its sites can do together."""
     plan: Plan | None = None
     factors: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     errors: Mapping[int, SiteErrors] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tdc import decompositions
@@ -11,6 +12,7 @@ from tdc.planning.cost import block_cost, dense_cost
 from tdc.statistics import SiteStatistics
 
 from .base import Pass, Unit
+from .propose_joint import members_of, with_costs
 from .propose_layouts import Work, lowered, site_statistics
 
 __all__ = ["BindPlan"]
@@ -36,14 +38,19 @@ class BindPlan(Pass):
                 f"the plan was made in the {plan.metric} metric: give statistics= or calibration= to apply it"
             )
         found = assign([choice.site for choice in plan.choices], unit.sites)
-        bound, remarks, known = [], [], site_statistics(unit)
+        bound: list[Candidate] = []
+        remarks, known = [], site_statistics(unit)
         if plan.metric == "fisher" and unit.statistics is not None and not unit.statistics.gradients:
             remarks.append(Remark("", self.name, "the statistics have no output gradients: fitted in the input metric"))
             plan = replace(plan, metric="input")
         for choice, site in zip(plan.choices, found, strict=True):
             if site is None:
                 raise PlanError(_misfit(choice.site, unit))
-            bound.append(_bound(choice, site, unit, known.get(site.order)))
+            bound.append(replace(choice, site=site))
+        bound, apart = _whole_groups(bound)
+        remarks += apart
+        bound = [_bound(choice, unit, known.get(choice.site.order)) for choice in bound]
+        bound = _with_group_costs(bound, unit, known)
         doubled = _doubled(bound)
         if doubled:
             raise PlanError(f"the plan decides twice for {doubled}")
@@ -68,10 +75,43 @@ def _still_true(plan: Plan, choices: tuple[Candidate, ...]) -> list[Remark]:
     return [remark for remark in plan.remarks if remark.stage == "choose-plan" and remark.site in dense]
 
 
-def _bound(choice: Candidate, site: Site, unit: Unit, entry: SiteStatistics | None) -> Candidate:
+def _whole_groups(bound: list[Candidate]) -> tuple[list[Candidate], list[Remark]]:
+    """Sites of a joint group that is not whole here are fitted by themselves, with at most their own full ranks."""
+    alone: dict[int, Candidate] = {}
+    for members in members_of(bound).values():
+        layouts = {(c.decomposition, c.variant, c.ranks, c.joint) for c in members}
+        joint = members[0].joint
+        if len(layouts) > 1 or joint is None or sum(c.site.axes["o"] for c in members) != joint.outputs:
+            alone |= {c.site.order: c for c in members}
+    remarks = [
+        Remark(c.site.name, BindPlan.name, "the other sites of its joint group are not here: fitted by itself")
+        for c in alone.values()
+    ]
+    return [_alone(c) if c.site.order in alone else c for c in bound], remarks
+
+
+def _alone(choice: Candidate) -> Candidate:
+    full = decompositions.get(choice.decomposition).full_ranks(choice.site.axes, choice.variant)
+    ranks = tuple((axis, min(rank, full.get(axis, rank))) for axis, rank in choice.ranks)
+    return replace(choice, joint=None, ranks=ranks)
+
+
+def _with_group_costs(bound: list[Candidate], unit: Unit, known: Mapping[int, SiteStatistics]) -> list[Candidate]:
+    """Raises PlanError for a group that cannot share factors."""
+    costs: dict[int, Candidate] = {}
+    for members in members_of(bound).values():
+        made = with_costs(unit, members, known)
+        if made is None:
+            raise PlanError(f"{members[0].site.name}: {members[0].decomposition} cannot be shared by several sites")
+        costs |= {c.site.order: c for c in made}
+    return [costs.get(c.site.order, c) for c in bound]
+
+
+def _bound(choice: Candidate, unit: Unit, entry: SiteStatistics | None) -> Candidate:
+    site = choice.site
     work = Work.of(unit, site, entry)
     full = dense_cost(site, work.rows, work.ratios)
-    here = replace(choice, site=site, cost=full, dense_cost=full, folded=False)
+    here = replace(choice, cost=full, dense_cost=full, folded=False)
     if choice.is_dense:
         return here
     try:

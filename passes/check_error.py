@@ -58,7 +58,7 @@ class CheckError(Pass):
                 _relative(weight, rebuilt, Metric("weight"), choice.site),
                 decompositions.cancellation(stored, layout),
             )
-            anchored = order in unit.anchored
+            by_itself = order not in unit.anchored and choice.joint is None
             shift = unit.shifts[order] if order in unit.shifts else decompositions.bias_shift(weight - rebuilt, metric)
             if shift is not None:
                 shifts[order] = shift
@@ -68,7 +68,7 @@ class CheckError(Pass):
             elif found.cancellation > _CANCELS:
                 reason = f"terms of {choice.decomposition} cancel: {found.cancellation:.3g} times the weight in size"
                 remarks.append(Remark(choice.site.name, self.name, reason))
-            elif not anchored and choice.error and found.metric > choice.error * 1.1 + _ROUNDING:
+            elif by_itself and choice.error and found.metric > choice.error * 1.1 + _ROUNDING:
                 reason = f"relative squared error {found.metric:.3g} where the plan says {choice.error:.3g}"
                 remarks.append(Remark(choice.site.name, self.name, reason))
         unit = left_dense(unit, failed).remarking(*remarks)

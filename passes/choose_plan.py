@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tdc.errors import BudgetError, ModelError, VerificationError
-from tdc.ir import Candidate, Plan, Remark, Rival
+from tdc.ir import Candidate, Cost, Plan, Remark, Rival
 from tdc.planning.allocate import Option, allocate, allocate_uniform, prefer_compressed
 from tdc.planning.budget import Budget
 
-from .base import Pass, Unit
+from .base import Members, Pass, Unit
 from .propose_layouts import metric_name
 
 __all__ = ["ChoosePlan"]
+
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,9 @@ class ChoosePlan(Pass):
     """``loss = sensitivity * error`` is minimised over all sites within one budget (allocation ``lagrangian``); how far
     the choice can be above the least possible loss stands in the plan.
 
-    Sites that came out dense are then compressed where that is as good, within the band of the prediction. With
-    ``uniform`` every site takes its most accurate candidate within the same fraction of its own dense cost.
+    Sites that came out dense are then compressed where that is as good, within the band of the prediction. Groups of
+    sites are decided together where that loses less at the same price. With ``uniform`` every site takes its most
+    accurate candidate within the same fraction of its own dense cost.
     """
 
     name = "choose-plan"
@@ -36,14 +39,14 @@ class ChoosePlan(Pass):
             raise BudgetError(f"the budget {budget} is met by measuring plans: it is one of tdc.plan and tdc.compress")
         rows = [unit.candidates[site.order] for site in unit.sites]
         if unit.options.allocation == "uniform":
-            taken, bound = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget), None
+            taken = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget)
+            chosen, bound = [row[k] for row, k in zip(rows, taken, strict=True)], None
             price: Mapping[str, float] = {}
         else:
-            options = [[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows]
-            found = allocate(options, budget)
-            taken, bound = prefer_compressed(options, found.chosen), float(f"{found.bound:.6g}")
+            found = _with_groups(unit, budget)
+            chosen, bound = found.chosen, float(f"{found.bound:.6g}")
             price = {key: float(f"{value:.6g}") for key, value in found.price.items()}
-        picked = [replace(row[k], rivals=_rivals(row, row[k], price)) for row, k in zip(rows, taken, strict=True)]
+        picked = [replace(c, rivals=_rivals((*row, c), c, price)) for row, c in zip(rows, chosen, strict=True)]
         remarks = [_kept_dense(c) for c, row in zip(picked, rows, strict=True) if c.is_dense and len(row) > 1]
         unit = unit.remarking(*remarks)
         plan = Plan(
@@ -66,6 +69,83 @@ class ChoosePlan(Pass):
         for key, limit in Budget.parse(after.options.budget).allowance(dense).items():
             if getattr(spent, key) > limit * (1 + 1e-9):
                 raise VerificationError(f"the plan spends {getattr(spent, key)} {key}; the budget allows {limit}")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One candidate a site, in the order of the unit's sites; see :class:`tdc.planning.allocate.Allocation`."""
+
+    chosen: list[Candidate]
+    loss: float
+    bound: float
+    price: Mapping[str, float]
+
+
+def _with_groups(unit: Unit, budget: Budget) -> _Choice:
+    """The best allocation with some of the groups decided jointly: those that lose less so at the price of the last
+    one, and none where that is no better.
+    """
+    best, joined = _allocated(unit, budget, frozenset()), frozenset[int]()
+    price = best.price
+    for _ in range(_ROUNDS if unit.joint and price else 0):
+        wanted = frozenset(group for group in unit.joint if _apart(unit, group, price) > _together(unit, group, price))
+        if wanted == joined:
+            break
+        joined = wanted
+        found = _allocated(unit, budget, joined)
+        price = found.price or price
+        best = min(best, found, key=lambda choice: choice.loss)
+    if any(c.joint for c in best.chosen):
+        best = replace(best, bound=_bound(unit, budget, best.price))
+    return best
+
+
+def _allocated(unit: Unit, budget: Budget, joined: Collection[int]) -> _Choice:
+    inside = {c.site.order for group in joined for c in unit.joint[group][0]}
+    seats: list[tuple[Members, ...]] = [
+        tuple((c,) for c in unit.candidates[site.order]) for site in unit.sites if site.order not in inside
+    ]
+    for group in joined:
+        dense = tuple(unit.candidates[c.site.order][-1] for c in unit.joint[group][0])
+        seats.append((*unit.joint[group], dense))
+    options = [[Option(_cost(members), _loss(members)) for members in seat] for seat in seats]
+    found = allocate(options, budget)
+    taken = prefer_compressed(options, found.chosen)
+    chosen = {c.site.order: c for seat, k in zip(seats, taken, strict=True) for c in seat[k]}
+    loss = sum(seat[k].loss for seat, k in zip(options, found.chosen, strict=True))
+    return _Choice([chosen[site.order] for site in unit.sites], loss, found.bound, found.price)
+
+
+def _cost(members: Members) -> Cost:
+    return sum((c.cost for c in members), Cost(0, 0, 0))
+
+
+def _loss(members: Members) -> float:
+    return sum(c.sensitivity * c.error for c in members)
+
+
+def _priced(members: Members, price: Mapping[str, float]) -> float:
+    cost = _cost(members)
+    return _loss(members) + sum(value * getattr(cost, key) for key, value in price.items())
+
+
+def _together(unit: Unit, group: int, price: Mapping[str, float]) -> float:
+    return min(_priced(members, price) for members in unit.joint[group])
+
+
+def _apart(unit: Unit, group: int, price: Mapping[str, float]) -> float:
+    rows = [unit.candidates[c.site.order] for c in unit.joint[group][0]]
+    return sum(min(_priced((c,), price) for c in row) for row in rows)
+
+
+def _bound(unit: Unit, budget: Budget, price: Mapping[str, float]) -> float:
+    """What no choice within the budget loses less than: at any price, each site or group takes its best one."""
+    inside = {c.site.order for options in unit.joint.values() for c in options[0]}
+    rows = [unit.candidates[site.order] for site in unit.sites]
+    least = sum(min(_priced((c,), price) for c in row) for row in rows if row[-1].site.order not in inside)
+    least += sum(min(_apart(unit, g, price), _together(unit, g, price)) for g in unit.joint)
+    allowed = budget.allowance(sum((row[-1].cost for row in rows), Cost(0, 0, 0)))
+    return max(0.0, least - sum(value * allowed[key] for key, value in price.items()))
 
 
 def _rivals(row: Sequence[Candidate], chosen: Candidate, price: Mapping[str, float]) -> tuple[Rival, ...]:

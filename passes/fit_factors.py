@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from tdc.statistics import SiteStatistics
 
 from ._anchor import Anchored, anchors_of, held_out, loses_more
 from .base import Pass, Unit
+from .propose_joint import members_of
 from .propose_layouts import lowered, metric_name, metric_of, site_statistics
 
 __all__ = ["FitFactors", "left_dense"]
@@ -45,9 +46,8 @@ class FitFactors(Pass):
         failed = {
             order: Remark(planned[order].site.name, self.name, _overflow(planned[order])) for order in visit.overflown
         }
-        return left_dense(unit, failed).having(
-            factors=visit.factors, shifts=visit.shifts, anchored=frozenset(visit.anchored)
-        )
+        unit = unit.having(factors=visit.factors, shifts=visit.shifts, anchored=frozenset(visit.anchored))
+        return left_dense(unit, failed)
 
 
 def _anchored(unit: Unit, planned: Mapping[int, Candidate], advance: Callable[[], None]) -> tuple[Anchored, Unit]:
@@ -83,7 +83,7 @@ def _visitor(
         planned,
         known,
         lambda site, weight: metric_of(unit, site, known.get(site.order), weight),
-        lambda choice, weight, metric: _stored(unit, choice, weight, metric),
+        lambda choices, weights, metrics: _stored(unit, choices, weights, metrics),
         advance,
     )
 
@@ -99,16 +99,29 @@ def _overflow(choice: Candidate) -> str:
     return f"{choice.decomposition} factors overflow {choice.site.dtype}: stays dense"
 
 
-def _stored(unit: Unit, choice: Candidate, weight: Tensor, metric: Metric) -> tuple[Mapping[str, Tensor], Tensor]:
-    """The factors as they are stored, none if they overflow, and the weight that they rebuild, float64."""
-    layout, _ = lowered(unit.target, choice)
-    dtype = getattr(torch, choice.site.dtype)
-    fitted = decompositions.fit(decompositions.get(choice.decomposition), weight, layout, metric)
-    stored = {k: f.to(dtype).contiguous() if f.is_floating_point() else f for k, f in fitted.items()}
-    if not all(bool(torch.isfinite(f).all()) for f in stored.values()):
-        return {}, weight
-    double = {k: f.double() if f.is_floating_point() else f for k, f in stored.items()}
-    return stored, decompositions.rebuild(double, layout).reshape(weight.shape)
+def _stored(
+    unit: Unit, choices: Sequence[Candidate], weights: Sequence[Tensor], metrics: Sequence[Metric]
+) -> list[tuple[Mapping[str, Tensor], Tensor]]:
+    """Of each weight the factors as they are stored, none if they overflow, and what they rebuild, float64."""
+    layouts = [lowered(unit.target, choice)[0] for choice in choices]
+    decomposition, joint = decompositions.get(choices[0].decomposition), choices[0].joint
+    if joint is None:
+        fits = [decompositions.fit(decomposition, weights[0], layouts[0], metrics[0])]
+    else:
+        whole = decompositions.stacked(weights, metrics, [choice.sensitivity for choice in choices])
+        fits = decompositions.fit_stacked(decomposition, whole, layouts[0].with_size("o", joint.outputs), layouts)
+    found: list[tuple[Mapping[str, Tensor], Tensor]] = []
+    dtype = getattr(torch, choices[0].site.dtype)
+    rounded: dict[int, Tensor] = {}  # those that are shared stay so
+    for weight, layout, factors in zip(weights, layouts, fits, strict=True):
+        for f in factors.values():
+            rounded[id(f)] = rounded.get(id(f), f.to(dtype).contiguous() if f.is_floating_point() else f)
+        stored = {k: rounded[id(f)] for k, f in factors.items()}
+        double = {k: f.double() if f.is_floating_point() else f for k, f in stored.items()}
+        fine = all(bool(torch.isfinite(f).all()) for f in stored.values())
+        rebuilt = decompositions.rebuild(double, layout).reshape(weight.shape) if fine else weight
+        found.append((stored if fine else {}, rebuilt))
+    return found
 
 
 def left_dense(unit: Unit, failed: Mapping[int, Remark]) -> Unit:
@@ -117,6 +130,7 @@ def left_dense(unit: Unit, failed: Mapping[int, Remark]) -> Unit:
         return unit
     plan: Plan | None = unit.plan
     assert plan is not None
+    failed = {**failed, **_beside(plan, failed)}
     reads = {site.order: site.pointwise_consumer for site in unit.sites}
     choices = tuple(
         _dense(c) if c.site.order in failed else replace(c, folded=c.folded and reads[c.site.order] not in failed)
@@ -127,5 +141,19 @@ def left_dense(unit: Unit, failed: Mapping[int, Remark]) -> Unit:
     return unit.having(plan=replace(plan, choices=choices, remarks=unit.remarks), factors=factors)
 
 
+def _beside(plan: Plan, failed: Mapping[int, Remark]) -> dict[int, Remark]:
+    """The sites of a joint group of which one stays dense: they do too, since it may bear what they share."""
+    found: dict[int, Remark] = {}
+    for members in members_of(plan.choices).values():
+        first = next((c for c in members if c.site.order in failed), None)
+        if first is not None:
+            stage = failed[first.site.order].stage
+            reason = f"shares factors with {first.site.name}: stays dense with it"
+            rest = [c for c in members if c.site.order not in failed]
+            found |= {c.site.order: Remark(c.site.name, stage, reason) for c in rest}
+    return found
+
+
 def _dense(choice: Candidate) -> Candidate:
-    return replace(choice, decomposition=DENSE, variant="", ranks=(), folded=False, error=0.0, cost=choice.dense_cost)
+    bare = replace(choice, decomposition=DENSE, variant="", ranks=(), folded=False, joint=None)
+    return replace(bare, error=0.0, cost=choice.dense_cost)

@@ -20,12 +20,13 @@ from .fit_factors import FitFactors
 from .fold_permutations import FoldPermutations
 from .group_sites import GroupSites
 from .lower_blocks import LowerBlocks
+from .propose_joint import ProposeJoint
 from .propose_layouts import ProposeLayouts
 from .rewrite_graph import RewriteGraph
 
 __all__ = ["APPLYING", "CHOOSING", "COMPRESSING", "LOWERING", "PLANNING", "PROPOSING", "REALIZING", "Pipeline"]
 
-PROPOSING: tuple[Pass, ...] = (FindSites(), GroupSites(), Calibrate(), ProposeLayouts())
+PROPOSING: tuple[Pass, ...] = (FindSites(), GroupSites(), Calibrate(), ProposeLayouts(), ProposeJoint())
 CHOOSING: tuple[Pass, ...] = (ChoosePlan(), FoldPermutations())
 PLANNING = PROPOSING + CHOOSING
 LOWERING: tuple[Pass, ...] = (LowerBlocks(), RewriteGraph())

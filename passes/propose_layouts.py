@@ -22,7 +22,7 @@ from tdc.targets import Target
 
 from .base import Pass, Unit
 
-__all__ = ["ProposeLayouts", "Work", "lowered", "metric_name", "metric_of", "site_statistics"]
+__all__ = ["ProposeLayouts", "Work", "allowed", "lowered", "metric_name", "metric_of", "site_statistics"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ProposeLayouts(Pass):
     name = "propose-layouts"
 
     def run(self, unit: Unit) -> Unit:
-        chosen = _allowed(unit.options.allow)
+        chosen = allowed(unit.options.allow)
         known = site_statistics(unit)
         proposed, remarks = {}, []
         for site in track(unit.sites, "proposing layouts", show=unit.options.progress):
@@ -52,7 +52,7 @@ class ProposeLayouts(Pass):
         return unit.having(candidates=proposed).remarking(*remarks)
 
 
-def _allowed(names: Sequence[str]) -> list[decompositions.Decomposition]:
+def allowed(names: Sequence[str]) -> list[decompositions.Decomposition]:
     """Those that are named; ``all`` names every one, and nothing those that are tried by default."""
     if "all" in names:
         return [decompositions.get(name) for name in decompositions.names()]
@@ -106,6 +106,12 @@ class Work:
         return cls(float(site.uses * positions), known or strides)
 
 
+def _sizes(candidate: Candidate) -> tuple[tuple[str, int], ...]:
+    """The sizes for which the ranks of a candidate are: of its site, or of the weights of its group."""
+    joint = candidate.joint
+    return tuple((axis, joint.outputs if joint and axis == "o" else size) for axis, size in candidate.site.sizes)
+
+
 @lru_cache(maxsize=8192)
 def _layout(name: str, axes: tuple[tuple[str, int], ...], ranks: tuple[tuple[str, int], ...], variant: str) -> Layout:
     return decompositions.get(name).layout(dict(axes), dict(ranks), variant)
@@ -116,7 +122,9 @@ def lowered(target: Target, candidate: Candidate) -> tuple[Layout, Block | Decli
     impossible ranks.
     """
     site = candidate.site
-    layout = _layout(candidate.decomposition, site.sizes, candidate.ranks, candidate.variant)
+    layout = _layout(candidate.decomposition, _sizes(candidate), candidate.ranks, candidate.variant)
+    if candidate.joint is not None:
+        layout = layout.with_size("o", site.axes["o"])
     if candidate.execution == "factored":
         block = _straight(target, site, layout)
     else:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tdc import decompositions
 from tdc.frontends.program import Replacement
 
 from .base import Pass, Unit
+from .propose_joint import members_of
+from .propose_layouts import lowered
 
 __all__ = ["RewriteGraph"]
 
@@ -22,8 +25,9 @@ class RewriteGraph(Pass):
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
         unit.program.forget()
+        groups = members_of(unit.plan.choices)
         for choice in unit.plan.choices:
-            order = choice.site.order
+            order, joint = choice.site.order, choice.joint
             if order in unit.blocks:
                 new = Replacement(
                     block=unit.blocks[order],
@@ -31,6 +35,8 @@ class RewriteGraph(Pass):
                     decomposition=choice.decomposition,
                     output_order=unit.output_orders.get(order),
                     shift=unit.shifts.get(order),
+                    lead=groups[joint.group][0].site.order if joint else None,
+                    shared=decompositions.shared(lowered(unit.target, choice)[0]) if joint else frozenset(),
                 )
                 unit.program.replace(choice.site, new)
         return unit.having(result=unit.program.finish())

@@ -20,6 +20,7 @@ from .frontends.fx.rewrite import Cut
 from .ir import Cost, Plan, Site, assign
 from .passes.base import Unit
 from .passes.fit_factors import FitFactors
+from .passes.propose_joint import members_of
 from .report import Report
 from .statistics import Statistics
 
@@ -131,7 +132,10 @@ class _CachedFit(FitFactors):
 
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
-        keys = {c.site.order: self._key(unit, c) for c in unit.plan.choices if not c.is_dense}
+        own = {c.site.order: self._key(unit, c) for c in unit.plan.choices if not c.is_dense}
+        groups = members_of(unit.plan.choices)
+        beside = {c.site.order: [own[m.site.order] for m in members] for members in groups.values() for c in members}
+        keys = {order: (key, *beside.get(order, ())) for order, key in own.items()}
         known = {order: _fitted[key] for order, key in keys.items() if key in _fitted}
         rest = tuple(c for c in unit.plan.choices if c.site.order not in known)
         done = super().run(unit.having(plan=replace(unit.plan, choices=rest)))

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from . import targets
+from .decompositions import shared
 from .errors import ModelError, PlanError
 from .files import atomic_write, checked_destination
 from .frontends.nn import Factored
-from .frontends.nn.restore import restore
-from .ir import Block, Decline, Plan, Site
+from .frontends.nn.restore import Saved, restore
+from .ir import Decline, Plan
 from .passes.propose_layouts import lowered
 from .report import Report
 
@@ -93,16 +94,17 @@ def load(path: str | Path, model: M) -> M:
     plan = Plan.from_json(head["plan"])
     new = copy.deepcopy(model)
     target = targets.get(plan.target)
-    rows: list[tuple[Site, Block, str]] = []
-    for choice in plan.choices:
+    rows: list[Saved] = []
+    for choice in sorted(plan.choices, key=lambda choice: choice.site.order):
         if not choice.is_dense:
             try:
-                _, block = lowered(target, choice)
+                layout, block = lowered(target, choice)
             except ValueError as error:
                 raise PlanError(f"{choice.site.name}: {error}") from error
             if isinstance(block, Decline):
                 raise PlanError(f"{choice.site.name}: {block.reason}")
-            rows.append((choice.site, block, choice.decomposition))
+            joint = (choice.joint.group, shared(layout)) if choice.joint else (0, frozenset[str]())
+            rows.append(Saved(choice.site, block, choice.decomposition, *joint))
     restore(new, rows, tensors, head.get("aliases", {}))
     new.__dict__[RECORD] = record = (Report.from_json(head["report"]), plan)
     note_in_config(new, record)

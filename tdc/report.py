@@ -40,6 +40,8 @@ class SiteReport:
     """Its output comes in another order, which the site that reads it has taken in."""
     execution: str = "factored"
     cancellation: float = 1.0
+    joint: int = 0
+    """The number of its joint group, 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Report:
                     folded=choice.folded,
                     execution=choice.execution,
                     cancellation=cancellation,
+                    joint=choice.joint.group if choice.joint else 0,
                 )
             )
         head = (door, plan.metric, plan.statistics, plan.target, plan.budget)
@@ -137,6 +140,7 @@ class Report:
             ranks = " ".join(f"{axis}={rank}" for axis, rank in site.ranks.items())
             name = f"{site.decomposition}/{site.variant}" if site.variant else site.decomposition
             name += f" ({site.execution})" if site.execution != "factored" else ""
+            name += f" (joint {site.joint})" if site.joint else ""
             keep = site.after.params / site.before.params if site.before.params else 1.0
             counts = (format_count(site.after.params), f"{keep:.3f}", f"{site.error:.2e}", f"{site.weight_error:.2e}")
             rows.append((site.name, site.layer, name, ranks or "-", *counts))

@@ -12,6 +12,7 @@ from inspect import isabstract
 
 from ..errors import OptionError
 from ._als import AlternatingDecomposition, refine
+from ._joint import Stacked, fit_stacked, shared, stacked
 from ._linalg import bias_shift, energy, low_rank
 from ._output import absorbs, errors, fit, optimum, whitened
 from .base import Decomposition, Factors, cancellation, rebuild
@@ -20,18 +21,22 @@ __all__ = [
     "AlternatingDecomposition",
     "Decomposition",
     "Factors",
+    "Stacked",
     "absorbs",
     "bias_shift",
     "cancellation",
     "energy",
     "errors",
     "fit",
+    "fit_stacked",
     "get",
     "low_rank",
     "names",
     "optimum",
     "rebuild",
     "refine",
+    "shared",
+    "stacked",
     "whitened",
 ]
 

@@ -17,7 +17,7 @@ from ..ir import Layout, Metric, Piece
 from ._linalg import LowRank, low_rank, pivoted_rows
 from .base import Decomposition, Factors, whole_factor
 
-__all__ = ["Whitened", "absorbs", "errors", "fit", "optimum", "whitened"]
+__all__ = ["Whitened", "absorbs", "along", "errors", "fit", "holder", "optimum", "whitened"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +65,10 @@ def optimum(weight: Tensor, metric: Metric, groups: int) -> LowRank:
 
 def absorbs(layout: Layout) -> bool:
     """Whether in every piece one factor has all outputs in one axis, for each group on its own."""
-    return "o" in layout.rebuild.output.axes and all(_holder(piece, layout) for piece in layout.rebuild.pieces)
+    return "o" in layout.rebuild.output.axes and all(holder(piece, layout) for piece in layout.rebuild.pieces)
 
 
-def _holder(piece: Piece, layout: Layout) -> str | None:
+def holder(piece: Piece, layout: Layout) -> str | None:
     """The factor of a piece that takes up a matrix on the outputs."""
     pairs = zip(piece.operands, piece.equation.inputs, strict=True)
     found = [name for name, term in pairs if "o" in term.axes]
@@ -86,13 +86,13 @@ def fit(decomposition: Decomposition, weight: Tensor, layout: Layout, metric: Me
     factors = decomposition.fit(new.weight, layout, new.metric)
     changed: dict[str, Tensor] = {}
     for piece in layout.rebuild.pieces:
-        name = _holder(piece, layout)
+        name = holder(piece, layout)
         assert name is not None
         if name not in changed:
             if name in layout.rebuild.pivots:
                 changed |= _repivoted(factors, layout, piece, name, new.back)
             else:
-                changed[name] = _along("o", new.back, factors[name], name, layout)
+                changed[name] = along("o", new.back, factors[name], name, layout)
     return {**factors, **changed}
 
 
@@ -126,11 +126,11 @@ def _repivoted(factors: Factors, layout: Layout, piece: Piece, name: str, back: 
     return {
         name: coef.reshape(layout.shapes[name]),
         pivot.index: place.reshape(layout.shapes[pivot.index]),
-        other: _along(pivot.rank, change, factors[other], other, layout),
+        other: along(pivot.rank, change, factors[other], other, layout),
     }
 
 
-def _along(axis: str, matrix: Tensor, factor: Tensor, name: str, layout: Layout) -> Tensor:
+def along(axis: str, matrix: Tensor, factor: Tensor, name: str, layout: Layout) -> Tensor:
     """A stored factor multiplied with ``matrix`` (g, n, n) along one of its axes, of size n."""
     axes = layout.rebuild.factors[name].axes
     whole = _with_groups(factor.reshape([layout.axes[a] for a in axes]), axes)

@@ -29,6 +29,8 @@ class Replacement:
     ``output_order``: entry k of the output that the block gives is entry ``output_order[k]`` of the dense one, and
     the site that reads it expects that; a bias between the two must be put in that order. None: the dense order.
     ``shift``: to be added to the site's bias (one number per output, in the dense order), None for nothing.
+    ``shared``: factors that are those of the site ``lead`` (by order) too, under the same names; what follows from
+    them and the input is computed once.
     """
 
     block: Block
@@ -36,6 +38,8 @@ class Replacement:
     decomposition: str
     output_order: Tensor | None = None
     shift: Tensor | None = None
+    lead: int | None = None
+    shared: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

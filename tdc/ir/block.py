@@ -21,7 +21,7 @@ The channel axis is the last one of a ``linear`` block, axis 1 of a convolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from .equation import Equation
@@ -83,8 +83,16 @@ class Block:
         """Multiply-adds per activation row, or per output position where input and output have equal lengths."""
         return round(self.macs_at({}))
 
-    def macs_at(self, ratios: Mapping[str, float]) -> float:
-        """Multiply-adds per activation row or output position.
+    def values_of(self, factors: Collection[str]) -> frozenset[str]:
+        """The values that follow from the input and these factors alone."""
+        known = {self.input, *factors}
+        for op in self.ops:
+            if known.issuperset(op.inputs):
+                known.add(op.output)
+        return frozenset(known - {self.input, *factors})
+
+    def macs_at(self, ratios: Mapping[str, float], without: Collection[str] = ()) -> float:
+        """Multiply-adds per activation row or output position; those of some values, ``without``, are not counted.
 
         ``ratios``: entries of the input per position of the output, along each window axis (1 where not given). A step
         runs at every position of its own output: at all entries of the axes that later steps slide over. A window axis
@@ -94,7 +102,7 @@ class Block:
         positions = self._positions(ratios)
         total = 0.0
         for op in self.ops:
-            if op.equation is not None:
+            if op.equation is not None and op.output not in without:
                 activation, factor = (term.axes for term in op.equation.inputs)
                 others = set(activation) - set(factor) - {"b"} - {window.axis for window in op.windows}
                 numbers = math.prod(shapes[op.inputs[1]]) * math.prod(sizes[axis] for axis in others)

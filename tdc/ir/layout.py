@@ -153,6 +153,10 @@ class Layout:
             shapes[pivot.index] = (axes[pivot.split] * math.prod(axes[a] for a in whole[:-1]),)
         return shapes
 
+    def with_size(self, axis: str, size: int) -> Layout:
+        """The same equation with another size of one axis."""
+        return Layout(self.rebuild, tuple((name, size if name == axis else old) for name, old in self.sizes))
+
     @property
     def params(self) -> int:
         """Real numbers stored, index factors not counted."""

@@ -16,7 +16,7 @@ from .metric import METRICS
 from .remark import Remark
 from .site import Site, assign
 
-__all__ = ["DENSE", "EXECUTIONS", "PLAN_VERSION", "Candidate", "Cost", "Plan", "Rival"]
+__all__ = ["DENSE", "EXECUTIONS", "PLAN_VERSION", "Candidate", "Cost", "Joint", "Plan", "Rival"]
 
 PLAN_VERSION = 1
 DENSE = "dense"
@@ -25,7 +25,7 @@ EXECUTIONS = ("factored", "stored", "rebuilt")
 _FORMAT = "tdc-plan"
 _HEAD = ("metric", "statistics", "target", "budget", "allocation", "seed")
 _ROW = frozenset(
-    "name decomposition variant ranks execution folded error sensitivity cost dense_cost site considered".split()
+    "name decomposition variant ranks execution folded error sensitivity cost dense_cost site considered joint".split()
 )
 
 
@@ -61,6 +61,18 @@ class Rival:
 
 
 @dataclass(frozen=True)
+class Joint:
+    """What sites decide together that read the same input: one layout for their weights, one above the other. The
+    factors without outputs are the same for all of them; what is computed with these is computed once.
+
+    ``group``: a number that the sites have in common; ``outputs``: of all of them together.
+    """
+
+    group: int
+    outputs: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """The decision for one site. ``ranks`` is empty for ``dense``.
 
@@ -85,6 +97,9 @@ class Candidate:
     """The output comes in the order of the stack: its gather is folded into the site that reads it."""
     rivals: tuple[Rival, ...] = field(default=(), compare=False)
     """The best layout of each format that was considered, at the prices of the plan, the chosen one among them."""
+    joint: Joint | None = field(default=None, compare=False)
+    """With which sites it is decided; ``error`` is that of all of them together then, and the first one bears the cost
+    of what they share."""
 
     @property
     def is_dense(self) -> bool:
@@ -218,6 +233,8 @@ class Plan:
 
 
 def _same_decision(a: Candidate, b: Candidate) -> bool:
+    if (a.joint is None) != (b.joint is None) or (a.joint and b.joint and a.joint.outputs != b.joint.outputs):
+        return False
     return (a.decomposition, a.variant, a.ranks, a.execution) == (b.decomposition, b.variant, b.ranks, b.execution)
 
 
@@ -242,6 +259,7 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
         "cost": _cost_out(candidate.cost),
         "dense_cost": _cost_out(candidate.dense_cost),
         "site": candidate.site.to_dict(),
+        **({"joint": {"group": joint.group, "outputs": joint.outputs}} if (joint := candidate.joint) else {}),
         **({"considered": [_rival_out(rival) for rival in candidate.rivals]} if candidate.rivals else {}),
     }
 
@@ -280,6 +298,7 @@ def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
             dense_cost=_cost_in(row.get("dense_cost")),
             folded=bool(row.get("folded", False)),
             rivals=tuple(_rival_in(rival) for rival in row.get("considered", ())),
+            joint=Joint(_whole(row["joint"]["group"]), _whole(row["joint"]["outputs"])) if row.get("joint") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         where = f"site {position} ({row.get('name', 'no name')!r}) of the plan"

@@ -40,6 +40,7 @@ def plan_table(plan: Plan) -> str:
         keep = choice.cost.params / choice.dense_cost.params if choice.dense_cost.params else 1.0
         name = f"{choice.decomposition}/{choice.variant}" if choice.variant else choice.decomposition
         name += f" ({choice.execution})" if choice.execution != "factored" else ""
+        name += f" (joint {choice.joint.group})" if choice.joint else ""
         rows.append(
             (
                 choice.site.name,

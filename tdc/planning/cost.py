@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..ir import Block, Cost, Layout, Site
 from ..ir.layout import INDEX_BYTES
@@ -24,18 +24,26 @@ def dense_cost(site: Site, rows: float, ratios: Mapping[str, float] | None = Non
 
 
 def block_cost(
-    site: Site, layout: Layout, block: Block, rows: float, ratios: Mapping[str, float] | None = None
+    site: Site,
+    layout: Layout,
+    block: Block,
+    rows: float,
+    ratios: Mapping[str, float] | None = None,
+    without: Collection[str] = (),
 ) -> Cost:
     """Cost of ``block``: what its factors store (index factors are bytes, not parameters), multiply-adds of its
     steps, and the most bytes of activations that live at a time while it runs (with the dense weight, where every call
     builds it).
+
+    ``without``: factors that are counted elsewhere, and so is what follows from them and the input alone.
     """
     known = ratios or {}
-    real = sum(math.prod(shape) for name, shape in block.factors if name in layout.rebuild.factors)
-    index = sum(math.prod(shape) for name, shape in block.factors if name in layout.rebuild.indices)
+    own = [(name, math.prod(shape)) for name, shape in block.factors if name not in without]
+    real = sum(numbers for name, numbers in own if name in layout.rebuild.factors)
+    index = sum(numbers for name, numbers in own if name in layout.rebuild.indices)
     size = ITEMSIZE[site.dtype]
     live = block.peak_at(known) * rows * size
-    macs = block.macs_at(known) * rows
+    macs = block.macs_at(known, block.values_of(without) if without else ()) * rows
     if block.execution == "rebuilt":
         macs += block.rebuild_macs
         live += site.params * size

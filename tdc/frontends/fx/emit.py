@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import VerificationError
-from ...ir import Block, Op, Rebuild, Window, contraction, conv_groups, conv_shape
+from ...ir import Op, Rebuild, Window, contraction, conv_groups, conv_shape
 from ..graph import built, memory_format
+from ..program import Replacement
 from .match import Norm, Use
 
 __all__ = ["Emitter"]
@@ -34,21 +35,22 @@ class Emitter:
 
     graph: fx.Graph
     constant: Constant
+    values: dict[tuple[object, ...], fx.Node] = field(default_factory=dict)
+    """What sites with factors in common have computed: by site, activation, dtype and op."""
     _known: dict[str, fx.Node] = field(default_factory=dict)
 
-    def replace(
-        self, use: Use, norm: Norm | None, block: Block, factors: Mapping[str, Tensor], name: str, bias: Tensor | None
-    ) -> None:
-        """Put ``block`` in place of one use, and of the normalisation behind it. ``bias``: a new one in the order of
-        the block's output, None to keep the use's own.
+    def replace(self, use: Use, norm: Norm | None, new: Replacement, name: str, lead: str, bias: Tensor | None) -> None:
+        """Put a block in place of one use, and of the normalisation behind it. ``name`` is the weight's, ``lead`` that
+        with which it shares factors; ``bias``: a new one in the order of the block's output, None to keep the use's
+        own.
         """
-        line = _Line(self, use, block, factors, name, bias)
+        line = _Line(self, use, new, name, lead, bias)
         old = use.node if norm is None else norm.output
         with self.graph.inserting_before(use.node):
-            new = line.write()
+            written = line.write()
         if "val" in old.meta:
-            new.meta["val"] = old.meta["val"]
-        old.replace_all_uses_with(new)
+            written.meta["val"] = old.meta["val"]
+        old.replace_all_uses_with(written)
         for node in (old, *(() if norm is None else (norm.node, use.node))):
             if node.graph is self.graph and not node.users and not node._erased:
                 self.graph.erase_node(node)
@@ -63,16 +65,11 @@ class Emitter:
 class _Line:
     """One block in place of one use."""
 
-    def __init__(
-        self,
-        emitter: Emitter,
-        use: Use,
-        block: Block,
-        factors: Mapping[str, Tensor],
-        name: str,
-        bias: Tensor | None,
-    ) -> None:
-        self.emitter, self.use, self.block, self.factors, self.name = emitter, use, block, factors, name
+    def __init__(self, emitter: Emitter, use: Use, new: Replacement, name: str, lead: str, bias: Tensor | None) -> None:
+        self.emitter, self.use, self.name, self.lead = emitter, use, name, lead
+        self.block, self.factors, self.shared = new.block, new.factors, new.shared
+        block = new.block
+        self.common = block.values_of(new.shared) if new.shared else frozenset()
         self.bias, self.conv = bias, block.kind.is_conv
         self.axes = len(block.kind.windows)
         self.axis = 1 if self.conv else -1
@@ -98,7 +95,7 @@ class _Line:
                 continue
             if op.kind not in emit:
                 raise VerificationError(f"the fx frontend cannot write '{op}'")
-            self.values[op.output] = emit[op.kind](op)
+            self.values[op.output] = self.once(op, emit[op.kind])
         result = self.values[self.block.output]
         last = next((op for op in self.block.ops if op.output == self.block.output), None)
         if last is None or last.equation is None:
@@ -107,19 +104,29 @@ class _Line:
             result = self.call(aten.squeeze.dim, result, 0)
         return result if self.use.rest is None else self.call(aten.add.Tensor, self.use.rest, result)
 
+    def once(self, op: Op, emit: Callable[[Op], fx.Node]) -> fx.Node:
+        """What an op gives; of one that other sites have too, what it gave there."""
+        if op.output not in self.common:
+            return emit(op)
+        key = (self.lead, self.use.activation, self.use.dtype, op)
+        if key not in self.emitter.values:
+            self.emitter.values[key] = emit(op)
+        return self.emitter.values[key]
+
     def call(self, target: Any, *args: Any) -> fx.Node:
         node = self.emitter.graph.call_function(target, args)
         node.meta.update({key: self.use.node.meta[key] for key in _KEPT_META if key in self.use.node.meta})
         return node
 
-    def held(self, part: str, make: Callable[[], Tensor]) -> fx.Node:
-        """A constant in the dtype in which the use reads its weight."""
+    def held(self, part: str, make: Callable[[], Tensor], factor: str = "") -> fx.Node:
+        """A constant in the dtype in which the use reads its weight; made of ``factor``, by default of that name."""
 
         def cast() -> Tensor:
             made = make()
             return made.to(self.use.dtype) if self.use.dtype is not None and made.is_floating_point() else made
 
-        return self.emitter.held(f"{self.name}_{part}", cast)
+        name = self.lead if (factor or part) in self.shared else self.name
+        return self.emitter.held(f"{name}_{part}", cast)
 
     def operand(self, name: str, form: Callable[[Tensor], Tensor]) -> fx.Node:
         """A factor in the form that its operator takes, or the weight that was built."""
@@ -190,7 +197,7 @@ class _Line:
         name, stored = op.inputs[1], self.factors[op.inputs[1]]
         whole = (op.start, op.stop) == (0, len(stored))
         part = name if whole else f"{name}_{op.start}_{op.stop}"
-        index = self.held(part, lambda: stored[op.start : op.stop])
+        index = self.held(part, lambda: stored[op.start : op.stop], name)
         activation = self.values[op.inputs[0]]
         if not (self.conv and self.last_format):
             return self.call(aten.index_select.default, activation, self.axis, index)

@@ -299,6 +299,7 @@ class FxProgram:
                 replace(new, factors=factors),
                 bias,
                 self.names(weight)[0],
+                "" if new.lead is None else self.names(self._by_order[new.lead])[0],
                 weight.form,
                 weight.norm is not None,
                 len(weight.uses) == 1,

@@ -39,13 +39,15 @@ class Rewritten:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """The replacement of one weight, with the bias that its output gets (None: the use's own), and how the weight was
-    read where that was decided. ``reader``: the weight that expects its output in another order.
+    """The replacement of one weight, with the bias that its output gets (None: the use's own), the name of the weight
+    with which it shares factors, and how it was read where that was decided. ``reader``: the weight that expects its
+    output in another order.
     """
 
     new: Replacement
     bias: Tensor | None
     name: str
+    lead: str
     form: Form
     norm: bool
     single: bool
@@ -83,7 +85,7 @@ def rewrite(captured: Captured, weights: Sequence[Weight], cuts: Mapping[int, Cu
         _check_read_alike(cut, weight, weights)
         for use in weight.uses:
             norm = _moved_norm(weight, copies)
-            emitter.replace(_moved(use, copies), norm, cut.new.block, cut.new.factors, cut.name, cut.bias)
+            emitter.replace(_moved(use, copies), norm, cut.new, cut.name, cut.lead, cut.bias)
         state = weight.norm.state.values() if weight.norm is not None else ()
         biases = [use.root_bias for use in weight.uses if cut.bias is not None]
         baked |= dict.fromkeys(node for node in (*weight.roots, *biases, *state) if node is not None)

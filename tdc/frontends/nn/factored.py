@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ...ir import Block, Op, Rebuild, Window, contraction, conv_groups, conv_sha
 from ..graph import built, memory_format
 from .layers import padded, stored_weight
 from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
+from .sharing import Sharing
 
 __all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored", "place"]
 
@@ -27,18 +29,30 @@ class Factored(nn.Module):
     """A layer whose weight is never formed: ``block`` runs on the factors.
 
     The factors are parameters ``weight_<name>`` and can be trained; index factors are buffers. Hooks of the replaced
-    module are carried over. Source of the form: see the decomposition.
+    module are carried over. Source of the form: see the decomposition. Layers that read the same input can share
+    factors, which one of them, the lead, holds; see :mod:`.sharing`.
     """
 
     bias: Tensor | None
 
     def __init__(
-        self, replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str, bias: Tensor | None
+        self,
+        replaced: nn.Module,
+        block: Block,
+        factors: Mapping[str, Tensor],
+        decomposition: str,
+        bias: Tensor | None,
+        sharing: Sharing | None = None,
     ) -> None:
         super().__init__()
         self.block = block
         self.decomposition = decomposition
+        self.__dict__["_sharing"] = sharing
+        if sharing is not None:
+            sharing.join(self)
         for name, factor in factors.items():
+            if self.holder(name) is not self:
+                continue
             if isinstance(factor, nn.Parameter) or factor.is_floating_point():
                 parameter = factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor)
                 self.register_parameter(f"weight_{name}", parameter)
@@ -54,7 +68,17 @@ class Factored(nn.Module):
     @property
     def factors(self) -> dict[str, Tensor]:
         """The factors by name, as the layout of the plan names them."""
-        return {name: getattr(self, f"weight_{name}") for name, _ in self.block.factors}
+        return {name: self.factor(name) for name, _ in self.block.factors}
+
+    def holder(self, name: str) -> nn.Module:
+        """The layer that holds a factor: this one, or the lead of those that share it."""
+        sharing: Sharing | None = self.__dict__["_sharing"]
+        return sharing.lead if sharing is not None and name in sharing.shared else self
+
+    def factor(self, name: str) -> Tensor:
+        """One factor."""
+        found: Tensor = getattr(self.holder(name), f"weight_{name}")
+        return found
 
     @property
     def weight(self) -> Tensor:
@@ -76,11 +100,32 @@ class Factored(nn.Module):
             self.bias = nn.Parameter(reordered, requires_grad=self.bias.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._run(input, self.bias, self.block.ops)
+        return self._run(input, self.bias, self.block.ops, self._common(input, input, self.block.ops))
 
-    def _run(self, activation: Tensor, bias: Tensor | None, ops: tuple[Op, ...]) -> Tensor:
+    def _common(self, given: Tensor, activation: Tensor, ops: tuple[Op, ...]) -> Mapping[str, Tensor]:
+        """What the layers that share factors compute alike from the input that was given, once for all of them."""
+        sharing: Sharing | None = self.__dict__["_sharing"]
+        if sharing is None:
+            return {}
+        return sharing.values(given, lambda: self._values(activation, sharing.common(ops, self.block.input)))
+
+    def _values(self, activation: Tensor, ops: tuple[Op, ...]) -> dict[str, Tensor]:
         values = {self.block.input: activation}
         for op in ops:
+            values[op.output] = _EMIT[op.kind](self, op, values, None)
+        return values
+
+    def _run(
+        self,
+        activation: Tensor,
+        bias: Tensor | None,
+        ops: tuple[Op, ...],
+        known: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
+        values = {self.block.input: activation, **known}
+        for op in ops:
+            if op.output in known:
+                continue
             if op.rebuild is not None:
                 values[op.output] = self._built(op.rebuild)
                 continue
@@ -91,7 +136,7 @@ class Factored(nn.Module):
 
     def operand(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         """A factor, or the weight that the block has built."""
-        return values[name] if name in values else getattr(self, f"weight_{name}")
+        return values[name] if name in values else self.factor(name)
 
     def _built(self, shape: Rebuild) -> Tensor:
         """The dense weight; that of the last call where it may be kept and the factors are still the same."""
@@ -137,10 +182,8 @@ class Factored(nn.Module):
 class FactoredLinear(Factored):
     """``y = W x + b`` with W as a product of factors. Input (..., i), output (..., o)."""
 
-    def __init__(
-        self, replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str, bias: Tensor | None
-    ) -> None:
-        super().__init__(replaced, block, factors, decomposition, bias)
+    def __init__(self, replaced: nn.Module, block: Block, *arguments: Any) -> None:
+        super().__init__(replaced, block, *arguments)
         sizes = dict(block.sizes)
         self.in_features, self.out_features = sizes["i"], sizes["o"]
 
@@ -164,10 +207,8 @@ class FactoredConv(Factored):
 
     _channel = 1
 
-    def __init__(
-        self, replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str, bias: Tensor | None
-    ) -> None:
-        super().__init__(replaced, block, factors, decomposition, bias)
+    def __init__(self, replaced: nn.Module, block: Block, *arguments: Any) -> None:
+        super().__init__(replaced, block, *arguments)
         sizes = dict(block.sizes)
         self.groups = sizes["g"]
         self.in_channels, self.out_channels = self.groups * sizes["i"], self.groups * sizes["o"]
@@ -176,7 +217,8 @@ class FactoredConv(Factored):
     def forward(self, input: Tensor) -> Tensor:
         batched = input if input.ndim == len(self.block.kind.windows) + 2 else input[None]
         ops = self.block.ops if memory_format(batched) is None else self.__dict__["_ungathered"]
-        result = self._run(padded(self.__dict__["_skeleton"], batched), self.bias, ops)
+        inside = padded(self.__dict__["_skeleton"], batched)
+        result = self._run(inside, self.bias, ops, self._common(input, inside, ops))
         return result if batched is input else result[0]
 
     def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
@@ -211,11 +253,16 @@ def _slides(block: Block) -> list[Window]:
 
 
 def factored(
-    replaced: nn.Module, block: Block, factors: Mapping[str, Tensor], decomposition: str, bias: Tensor | None
+    replaced: nn.Module,
+    block: Block,
+    factors: Mapping[str, Tensor],
+    decomposition: str,
+    bias: Tensor | None,
+    sharing: Sharing | None = None,
 ) -> Factored:
     """The factored layer for that kind of block."""
     made = FactoredConv if block.kind.is_conv else FactoredLinear
-    return made(replaced, block, factors, decomposition, bias)
+    return made(replaced, block, factors, decomposition, bias, sharing)
 
 
 def place(model: nn.Module, swaps: Iterable[tuple[str, nn.Module]]) -> None:
@@ -246,7 +293,7 @@ def _contract(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tens
     activation, missing = values[op.inputs[0]], math.prod(split) - values[op.inputs[0]].shape[-1]
     if missing:
         activation = functional.pad(activation, (0, missing))
-    factor, axes = getattr(module, f"weight_{op.inputs[1]}"), op.equation.inputs[1].axes  # type: ignore[union-attr]
+    factor, axes = module.factor(op.inputs[1]), op.equation.inputs[1].axes  # type: ignore[union-attr]
     factor = factor.reshape([dict(module.block.sizes)[axis] for axis in axes])
     result = torch.einsum(text, activation.unflatten(-1, split), factor)
     result = result.flatten(activation.ndim - 1)[..., : op.stop or None]
@@ -261,7 +308,7 @@ def _conv(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor |
 
 
 def _whole(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    coef, index = (getattr(module, f"weight_{name}") for name in op.inputs[1:])
+    coef, index = (module.factor(name) for name in op.inputs[1:])
     factor = whole_rows(coef, index) if op.kind == ROWS else whole_columns(coef, index)
     return _convolved(module, op, values[op.inputs[0]], factor, bias)
 
@@ -279,7 +326,7 @@ def _convolved(module: Factored, op: Op, activation: Tensor, factor: Tensor, bia
 
 
 def _take(module: Factored, op: Op, values: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
-    index = getattr(module, f"weight_{op.inputs[1]}")
+    index = module.factor(op.inputs[1])
     return module._take(values[op.inputs[0]], index[op.start : op.stop])
 
 

@@ -23,6 +23,7 @@ from .factored import Factored, factored, place
 from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
 from .running import evaluation, holding, hooks, pre_hooks, standing_in, untrained
+from .sharing import Sharing
 from .weights import (
     Weight,
     called_place,
@@ -291,13 +292,17 @@ class NnProgram:
         replaced = [self._by_order[order] for order in self._replacements]
         model = self.model if self.inplace else _copy_without(self.model, [w.tensor for w in replaced])
         swaps: list[tuple[str, nn.Module]] = []
-        for order, new in self._replacements.items():
-            swaps += self._swaps(model, order, new)
+        groups: dict[int, Sharing] = {}
+        for order, new in sorted(self._replacements.items()):
+            sharing = None if new.lead is None else groups.setdefault(new.lead, Sharing(new.shared))
+            swaps += self._swaps(model, order, new, sharing)
             swaps += [(path, nn.Identity()) for path in self._norms[order].paths] if order in self._norms else []
         place(model, swaps)
         return model
 
-    def _swaps(self, model: nn.Module, order: int, new: Replacement) -> list[tuple[str, nn.Module]]:
+    def _swaps(
+        self, model: nn.Module, order: int, new: Replacement, sharing: Sharing | None
+    ) -> list[tuple[str, nn.Module]]:
         """Paths and new modules for all modules that hold the weight; tied ones share the factors."""
         weight, like = self._by_order[order], self._by_order[order].tensor
         factors = {name: _stored(factor, like) for name, factor in new.factors.items()}
@@ -310,7 +315,7 @@ class NnProgram:
                 if shifted is not None:
                     trained = like.requires_grad if bias is None else bias.requires_grad
                     bias = nn.Parameter(shifted.clone(), requires_grad=trained)
-                made[id(module)] = factored(module, new.block, factors, new.decomposition, bias)
+                made[id(module)] = factored(module, new.block, factors, new.decomposition, bias, sharing)
                 if new.output_order is not None:
                     made[id(module)].reorder_bias(new.output_order)
             swaps.append((path, made[id(module)]))

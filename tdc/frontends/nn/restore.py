@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,25 @@ from ...errors import PlanError
 from ...ir import Block, Site
 from .factored import Factored, factored, place
 from .layers import kind_of
+from .sharing import Sharing
 
-__all__ = ["restore"]
+__all__ = ["Saved", "restore"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A replaced site: its block, and the group with which it shares factors (0: none)."""
+
+    site: Site
+    block: Block
+    decomposition: str
+    group: int = 0
+    shared: frozenset[str] = frozenset()
 
 
 def restore(
     model: nn.Module,
-    sites: Sequence[tuple[Site, Block, str]],
+    sites: Sequence[Saved],
     tensors: Mapping[str, Tensor],
     aliases: Mapping[str, str],
 ) -> None:
@@ -25,14 +38,17 @@ def restore(
 
     Normalisations that were folded into sites hand their input on.
 
-    ``sites`` are found by name: (site, block, decomposition). Raises PlanError, with nothing changed, if a named
+    ``sites`` are found by name. Raises PlanError, with nothing changed, if a named
     module is missing or of another size, or the tensors do not fit; or if something of the model stays on ``meta``.
     """
     groups = _shared(model, aliases)
     swaps: list[tuple[str, nn.Module]] = []
-    for site, block, decomposition in sites:
-        swaps += _factored(model, site, block, decomposition, tensors, aliases)
-        swaps += [(path, nn.Identity()) for path in _aliases_of(model, site.norm)] if site.norm else []
+    groups_of: dict[int, Sharing] = {}
+    for saved in sites:
+        sharing = groups_of.setdefault(saved.group, Sharing(saved.shared)) if saved.group else None
+        swaps += _factored(model, saved, sharing, tensors, aliases)
+        norm = saved.site.norm
+        swaps += [(path, nn.Identity()) for path in _aliases_of(model, norm)] if norm else []
     place(model, swaps)
     try:
         answer = model.load_state_dict(dict(tensors), strict=False, assign=True)
@@ -58,12 +74,12 @@ def restore(
 
 def _factored(
     model: nn.Module,
-    site: Site,
-    block: Block,
-    decomposition: str,
+    saved: Saved,
+    sharing: Sharing | None,
     tensors: Mapping[str, Tensor],
     aliases: Mapping[str, str],
 ) -> list[tuple[str, nn.Module]]:
+    site, block, first = saved.site, saved.block, sharing is None or sharing.count == 0
     made: dict[int, Factored] = {}
     swaps: list[tuple[str, nn.Module]] = []
     for name in site.names:
@@ -78,6 +94,8 @@ def _factored(
         if id(module) not in made:
             factors: dict[str, Tensor] = {}
             for factor, shape in block.factors:
+                if factor in saved.shared and not first:
+                    continue
                 stored = tensors.get(key := f"{path}.weight_{factor}", tensors.get(aliases.get(key, "")))
                 if stored is None or tuple(stored.shape) != shape:
                     raise PlanError(f"the file holds no factor {key} of shape {list(shape)}")
@@ -86,7 +104,7 @@ def _factored(
             stored = tensors.get(key := f"{path}.bias", tensors.get(aliases.get(key, "")))
             if bias is None and stored is not None:
                 bias = nn.Parameter(torch.empty_like(stored))
-            made[id(module)] = factored(module, block, factors, decomposition, bias)
+            made[id(module)] = factored(module, block, factors, saved.decomposition, bias, sharing)
         swaps.append((path, made[id(module)]))
     return swaps
 

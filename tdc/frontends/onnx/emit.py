@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
 from ...errors import VerificationError
 from ...ir import Block
 from ...ir.verify import verify_conv
+from ..program import Replacement
 from .constants import known, shape_part
 from .convolution import ConvolutionLine
-from .line import Line, Names
+from .line import Common, Line, Names
 from .linear import LinearLine, contracts_second
 from .names import unique_name
 from .operators import opset
@@ -46,6 +46,7 @@ class Emitter:
         self.opset = opset(model)
         self.values: set[str] = set()
         self.nodes: set[str] = set()
+        self._leads: dict[int | None, Common] = {}
         for graph, _ in graphs(model):
             inputs = graph.inputs
             self.values.update(v.name for v in inputs if v.name)
@@ -63,21 +64,24 @@ class Emitter:
         self.graph.register_initializer(value)
         return value
 
-    def replace(
-        self, uses: tuple[Use, ...], block: Block, factors: Mapping[str, Tensor], name: str, bias: np.ndarray | None
-    ) -> None:
-        """Put ``block`` in place of every use of one weight; ``name`` is the weight's, for the names of its factors.
+    def replace(self, uses: tuple[Use, ...], new: Replacement, name: str, bias: np.ndarray | None) -> None:
+        """Put a block in place of every use of one weight; ``name`` is the weight's, for the names of its factors.
 
         ``bias``: a new bias in float64, of a site with one use.
         """
-        store = Store(self.constant, factors, name)
+        block, lead = new.block, self._leads.get(new.lead)
+        store = Store(self.constant, new.factors, name, lead.store if lead else None, new.shared)
+        if new.lead is not None and lead is None:
+            self._leads[new.lead] = lead = Common(store)
         names = Names(self.values, self.nodes, self.opset)
         kind: type[Line] = ConvolutionLine if block.kind.is_conv else LinearLine
         for use in uses:
             inside = use.slot is None or use.slot[0] is use.node
             if not inside and bias is not None:
                 self._set_slot(use, bias)
-            self._cut(use, *kind(use, block, store, names, bias if inside else None).write())
+            line = kind(use, block, store, names, bias if inside else None)
+            line.common = lead
+            self._cut(use, *line.write())
         for use in uses:
             self.sweep(use)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from .store import Store
 from .tensors import stored
 from .uses import Use
 
-__all__ = ["Attributes", "Line", "Names", "Part"]
+__all__ = ["Attributes", "Common", "Line", "Names", "Part"]
 
 Attributes = dict[str, int | float | str | list[int]]
 
@@ -37,6 +38,14 @@ class Part:
     width: int
 
 
+@dataclass(eq=False)
+class Common:
+    """What sites with factors in common share: the initializers of the first one, and what they have computed."""
+
+    store: Store
+    parts: dict[tuple[object, ...], Part] = field(default_factory=dict)
+
+
 class Line:
     """One block in place of one use.
 
@@ -55,16 +64,27 @@ class Line:
         self.new: list[ir.Node] = []
         self._by_name = {op.output: op for op in block.ops}
         self.built: dict[str, ir.Value] = {}
+        self.common: Common | None = None
 
     def write(self) -> tuple[ir.Value, list[ir.Node]]:
         """The nodes, and the value that takes the place of the use's output."""
-        parts = {self.block.input: self.entry()}
+        shared = self.block.values_of(self.store.shared) if self.common else frozenset()
+        parts = {self.block.input: self._once(None, self.entry) if self.common else self.entry()}
         for op in self.block.ops:
             if op.rebuild is not None:
                 self.built[op.output] = self.weight(op)
                 continue
-            parts[op.output] = self._primitive(op.kind)(op, [parts[name] for name in op.inputs if name in parts])
+            make = partial(self._primitive(op.kind), op, [parts[name] for name in op.inputs if name in parts])
+            parts[op.output] = self._once(op, make) if op.output in shared else make()
         return self.finished(parts[self.block.output]).value, self.new
+
+    def _once(self, op: Op | None, make: Callable[[], Part]) -> Part:
+        """What other sites have computed from the same activation, made where they have not."""
+        assert self.common is not None
+        key = (self.use.activation, self.use.form.input_last, self.use.form.output_last, op)
+        if key not in self.common.parts:
+            self.common.parts[key] = make()
+        return self.common.parts[key]
 
     def _primitive(self, kind: str) -> Callable[[Op, list[Part]], Part]:
         others = {"take": self.take, "concat": self.concat, "add": self.add}

@@ -210,7 +210,7 @@ class OnnxProgram:
                 vectors = [(nodes[node], k, axis) for node, k, axis in places if bias is None or (node, k) != taken]
                 emitter.reorder(vectors, new.output_order.numpy())
             uses = tuple(moved(use, nodes, values) for use in match.uses)
-            emitter.replace(uses, new.block, new.factors, match.site.name, bias)
+            emitter.replace(uses, new, match.site.name, bias)
         return copy
 
 

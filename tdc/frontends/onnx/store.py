@@ -17,11 +17,19 @@ Constant = Callable[[str, np.ndarray, ir.DataType], ir.Value]
 
 class Store:
     """Each factor is stored once per form that is needed. ``constant`` makes a new initializer; ``name`` is the
-    weight's, for the names of its factors.
+    weight's, for the names of its factors. The ``shared`` ones are those of ``lead``.
     """
 
-    def __init__(self, constant: Constant, factors: Mapping[str, Tensor], name: str) -> None:
+    def __init__(
+        self,
+        constant: Constant,
+        factors: Mapping[str, Tensor],
+        name: str,
+        lead: Store | None = None,
+        shared: frozenset[str] = frozenset(),
+    ) -> None:
         self.constant, self.factors, self.name = constant, factors, name
+        self.lead, self.shared = lead, shared
         self._known: dict[tuple[object, ...], ir.Value] = {}
 
     def matrix(self, factor: str, transposed: bool, dtype: ir.DataType) -> ir.Value:
@@ -33,11 +41,15 @@ class Store:
         return self._real(factor, (factor, shape), self.factors[factor].reshape(shape), dtype)
 
     def _real(self, factor: str, key: tuple[object, ...], values: Tensor, dtype: ir.DataType) -> ir.Value:
+        if self.lead is not None and factor in self.shared:
+            return self.lead._real(factor, key, values, dtype)
         if key not in self._known:
             self._known[key] = self.constant(f"{self.name}.tdc_{factor}", to_numpy(values, dtype), dtype)
         return self._known[key]
 
     def index(self, factor: str, start: int, stop: int) -> ir.Value:
+        if self.lead is not None and factor in self.shared:
+            return self.lead.index(factor, start, stop)
         key = (factor, start, stop)
         if key not in self._known:
             values = self.entries(factor, start, stop)

@@ -8,11 +8,11 @@ from torch import nn
 
 import tdc
 from tdc import decompositions
-from tdc.passes.propose_layouts import _allowed
+from tdc.passes.propose_layouts import allowed
 
 
 def names(allow: tuple[str, ...]) -> set[str]:
-    return {d.name for d in _allowed(allow)}
+    return {d.name for d in allowed(allow)}
 
 
 def test_all_names_every_format_and_nothing_those_that_are_tried_by_default() -> None:

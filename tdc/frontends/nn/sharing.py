@@ -1,0 +1,73 @@
+"""Layers that read the same input and share factors: what follows from these and the input is computed once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ir import Op
+
+__all__ = ["Sharing"]
+
+Values = Mapping[str, Tensor]
+
+
+class Sharing:
+    """What the layers of one group have in common. ``shared``: names of the factors that the first one, the ``lead``,
+    holds for all.
+
+    The first layer that is called with an input leaves what it has computed; the others take it as long as the input is
+    the same tensor, unchanged, in the same mode, and the factors are. It is dropped once each of them has had it. While
+    a compiler traces, each computes it by itself: compilers merge what is equal.
+    """
+
+    lead: nn.Module
+
+    def __init__(self, shared: frozenset[str]) -> None:
+        self.shared = shared
+        self.count = 0
+        self._kept: tuple[Any, ...] | None = None
+        self._common: dict[tuple[Op, ...], tuple[Op, ...]] = {}
+
+    def join(self, layer: nn.Module) -> None:
+        if self.count == 0:
+            self.lead = layer
+        self.count += 1
+
+    def common(self, ops: tuple[Op, ...], entry: str) -> tuple[Op, ...]:
+        """The ops that need nothing but the input and the shared factors."""
+        if ops not in self._common:
+            known, found = {entry, *self.shared}, []
+            for op in ops:
+                if known.issuperset(op.inputs):
+                    known.add(op.output)
+                    found.append(op)
+            self._common[ops] = tuple(found)
+        return self._common[ops]
+
+    def values(self, given: Tensor, make: Callable[[], Values]) -> Values:
+        """What ``make`` gives for this input; what it gave to another layer where that is still true."""
+        if torch.compiler.is_compiling() or not isinstance(given, Tensor):
+            return make()
+        state, kept = self._state(given), self._kept
+        if kept is not None and kept[0]() is given and kept[1] == state:
+            values: Values = kept[2]
+            self._kept = (*kept[:3], kept[3] - 1) if kept[3] > 1 else None
+            return values
+        made = make()
+        self._kept = (weakref.ref(given), state, made, self.count - 1) if self.count > 1 else None
+        return made
+
+    def _state(self, given: Tensor) -> tuple[Any, ...]:
+        factors = [getattr(self.lead, f"weight_{name}") for name in sorted(self.shared)]
+        tensors = [(id(t), -1 if t.is_inference() else t._version) for t in (given, *factors)]
+        device = given.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return (*tensors, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
