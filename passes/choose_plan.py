@@ -7,13 +7,19 @@ from dataclasses import dataclass, replace
 
 from tdc.errors import BudgetError, ModelError, VerificationError
 from tdc.ir import Candidate, Plan, Remark, Rival
-from tdc.planning.allocate import Option, allocate, allocate_uniform, prefer_compressed
+from tdc.options import takes_budget
+from tdc.planning.allocate import Option, allocate, allocate_suggested, allocate_uniform, prefer_compressed
 from tdc.planning.budget import Budget
 
 from .base import Pass, Unit
 from .propose_layouts import metric_name
 
 __all__ = ["ChoosePlan"]
+
+_SUGGESTED = (
+    "no budget: each weight has the ranks that {} suggests, in the format of least n ln(error) + params ln(n), "
+    "n the numbers in the weight"
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,9 @@ class ChoosePlan(Pass):
     the choice can be above the least possible loss stands in the plan.
 
     Sites that came out dense are then compressed where that is as good, within the band of the prediction. With
-    ``uniform`` every site takes its most accurate candidate within the same fraction of its own dense cost.
+    ``uniform`` every site takes its most accurate candidate within the same fraction of its own dense cost. With an
+    allocation that takes no budget, whose candidates have the ranks that it suggests, every site takes the one of
+    the shortest description (:func:`tdc.planning.allocate.allocate_suggested`).
     """
 
     name = "choose-plan"
@@ -31,19 +39,11 @@ class ChoosePlan(Pass):
         if not unit.sites:
             reasons = "; ".join(str(remark) for remark in unit.remarks[:5])
             raise ModelError(f"the model has no site that can be decomposed. {reasons}")
-        budget = Budget.parse(unit.options.budget)
-        if budget.least:
-            raise BudgetError(f"the budget {budget} is met by measuring plans: it is one of tdc.plan and tdc.compress")
         rows = [unit.candidates[site.order] for site in unit.sites]
-        if unit.options.allocation == "uniform":
-            taken, bound = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget), None
-            price: Mapping[str, float] = {}
-        else:
-            options = [[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows]
-            found = allocate(options, budget)
-            taken, bound = prefer_compressed(options, found.chosen), float(f"{found.bound:.6g}")
-            price = {key: float(f"{value:.6g}") for key, value in found.price.items()}
+        taken, price, bound = _taken(unit, rows)
         picked = [replace(row[k], rivals=_rivals(row, row[k], price)) for row, k in zip(rows, taken, strict=True)]
+        if unit.options.budget is None:
+            unit = unit.remarking(Remark("", self.name, _SUGGESTED.format(unit.options.allocation)))
         remarks = [_kept_dense(c) for c, row in zip(picked, rows, strict=True) if c.is_dense and len(row) > 1]
         unit = unit.remarking(*remarks)
         plan = Plan(
@@ -51,7 +51,7 @@ class ChoosePlan(Pass):
             metric=metric_name(unit),
             statistics=unit.statistics.digest if unit.statistics is not None else "",
             target=unit.target.name,
-            budget=str(budget),
+            budget="" if unit.options.budget is None else str(Budget.parse(unit.options.budget)),
             allocation=unit.options.allocation,
             seed=unit.options.seed,
             bound=bound,
@@ -62,10 +62,28 @@ class ChoosePlan(Pass):
 
     def ensures(self, before: Unit, after: Unit) -> None:
         assert after.plan is not None
+        if after.options.budget is None:
+            return
         spent, dense = after.plan.cost, after.plan.dense_cost
         for key, limit in Budget.parse(after.options.budget).allowance(dense).items():
             if getattr(spent, key) > limit * (1 + 1e-9):
                 raise VerificationError(f"the plan spends {getattr(spent, key)} {key}; the budget allows {limit}")
+
+
+def _taken(unit: Unit, rows: Sequence[Sequence[Candidate]]) -> tuple[Sequence[int], Mapping[str, float], float | None]:
+    """For each row the index of the chosen candidate; the prices, and the bound of the loss, where they are known."""
+    errors = [[Option(c.cost, c.error) for c in row] for row in rows]
+    if not takes_budget(unit.options.allocation):
+        return allocate_suggested(errors), {}, None
+    budget = Budget.parse(unit.options.budget)
+    if budget.least:
+        raise BudgetError(f"the budget {budget} is met by measuring plans: it is one of tdc.plan and tdc.compress")
+    if unit.options.allocation == "uniform":
+        return allocate_uniform(errors, budget), {}, None
+    options = [[Option(c.cost, c.sensitivity * c.error) for c in row] for row in rows]
+    found = allocate(options, budget)
+    price = {key: float(f"{value:.6g}") for key, value in found.price.items()}
+    return prefer_compressed(options, found.chosen), price, float(f"{found.bound:.6g}")
 
 
 def _rivals(row: Sequence[Candidate], chosen: Candidate, price: Mapping[str, float]) -> tuple[Rival, ...]:
