@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from tdc.errors import BudgetError, ModelError, VerificationError
 from tdc.ir import Candidate, Cost, Plan, Remark, Rival
-from tdc.planning.allocate import Option, allocate, allocate_uniform, prefer_compressed
+from tdc.options import takes_budget
+from tdc.planning.allocate import Option, allocate, allocate_suggested, allocate_uniform, prefer_compressed
 from tdc.planning.budget import Budget
 
 from .base import Members, Pass, Unit
@@ -16,6 +17,10 @@ from .propose_layouts import metric_name
 __all__ = ["ChoosePlan"]
 
 _ROUNDS = 3
+_SUGGESTED = (
+    "no budget: each weight has the ranks that {} suggests, in the format of least n ln(error) + params ln(n), "
+    "n the numbers in the weight"
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,9 @@ class ChoosePlan(Pass):
 
     Sites that came out dense are then compressed where that is as good, within the band of the prediction. Groups of
     sites are decided together where that loses less at the same price. With ``uniform`` every site takes its most
-    accurate candidate within the same fraction of its own dense cost.
+    accurate candidate within the same fraction of its own dense cost. With an allocation that takes no budget, whose
+    candidates have the ranks that it suggests, every site takes the one of the shortest description
+    (:func:`tdc.planning.allocate.allocate_suggested`).
     """
 
     name = "choose-plan"
@@ -34,19 +41,11 @@ class ChoosePlan(Pass):
         if not unit.sites:
             reasons = "; ".join(str(remark) for remark in unit.remarks[:5])
             raise ModelError(f"the model has no site that can be decomposed. {reasons}")
-        budget = Budget.parse(unit.options.budget)
-        if budget.least:
-            raise BudgetError(f"the budget {budget} is met by measuring plans: it is one of tdc.plan and tdc.compress")
         rows = [unit.candidates[site.order] for site in unit.sites]
-        if unit.options.allocation == "uniform":
-            taken = allocate_uniform([[Option(c.cost, c.error) for c in row] for row in rows], budget)
-            chosen, bound = [row[k] for row, k in zip(rows, taken, strict=True)], None
-            price: Mapping[str, float] = {}
-        else:
-            found = _with_groups(unit, budget)
-            chosen, bound = found.chosen, float(f"{found.bound:.6g}")
-            price = {key: float(f"{value:.6g}") for key, value in found.price.items()}
+        chosen, price, bound = _chosen(unit, rows)
         picked = [replace(c, rivals=_rivals((*row, c), c, price)) for row, c in zip(rows, chosen, strict=True)]
+        if unit.options.budget is None:
+            unit = unit.remarking(Remark("", self.name, _SUGGESTED.format(unit.options.allocation)))
         remarks = [_kept_dense(c) for c, row in zip(picked, rows, strict=True) if c.is_dense and len(row) > 1]
         unit = unit.remarking(*remarks)
         plan = Plan(
@@ -54,7 +53,7 @@ class ChoosePlan(Pass):
             metric=metric_name(unit),
             statistics=unit.statistics.digest if unit.statistics is not None else "",
             target=unit.target.name,
-            budget=str(budget),
+            budget="" if unit.options.budget is None else str(Budget.parse(unit.options.budget)),
             allocation=unit.options.allocation,
             seed=unit.options.seed,
             bound=bound,
@@ -65,10 +64,29 @@ class ChoosePlan(Pass):
 
     def ensures(self, before: Unit, after: Unit) -> None:
         assert after.plan is not None
+        if after.options.budget is None:
+            return
         spent, dense = after.plan.cost, after.plan.dense_cost
         for key, limit in Budget.parse(after.options.budget).allowance(dense).items():
             if getattr(spent, key) > limit * (1 + 1e-9):
                 raise VerificationError(f"the plan spends {getattr(spent, key)} {key}; the budget allows {limit}")
+
+
+def _chosen(
+    unit: Unit, rows: Sequence[Sequence[Candidate]]
+) -> tuple[list[Candidate], Mapping[str, float], float | None]:
+    """The candidate of each row; the prices, and the bound of the loss, where they are known."""
+    if takes_budget(unit.options.allocation):
+        budget = Budget.parse(unit.options.budget)
+        if budget.least:
+            raise BudgetError(f"the budget {budget} is met by measuring plans: it is one of tdc.plan and tdc.compress")
+        if unit.options.allocation != "uniform":
+            found = _with_groups(unit, budget)
+            price = {key: float(f"{value:.6g}") for key, value in found.price.items()}
+            return found.chosen, price, float(f"{found.bound:.6g}")
+    errors = [[Option(c.cost, c.error) for c in row] for row in rows]
+    taken = allocate_uniform(errors, budget) if takes_budget(unit.options.allocation) else allocate_suggested(errors)
+    return [row[k] for row, k in zip(rows, taken, strict=True)], {}, None
 
 
 @dataclass(frozen=True)
@@ -95,7 +113,7 @@ def _with_groups(unit: Unit, budget: Budget) -> _Choice:
         found = _allocated(unit, budget, joined)
         price = found.price or price
         best = min(best, found, key=lambda choice: choice.loss)
-    if any(c.joint for c in best.chosen):
+    if unit.joint:
         best = replace(best, bound=_bound(unit, budget, best.price))
     return best
 

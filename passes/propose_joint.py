@@ -31,7 +31,7 @@ class ProposeJoint(Pass):
     name = "propose-joint"
 
     def run(self, unit: Unit) -> Unit:
-        if unit.options.allocation == "uniform":
+        if unit.options.allocation != "lagrangian":
             return unit
         known = site_statistics(unit)
         found = {}

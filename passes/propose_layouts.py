@@ -13,9 +13,11 @@ from torch import Tensor
 from tdc import decompositions
 from tdc.ir import DENSE, Block, Candidate, Cost, Decline, Layout, Metric, Remark, Site
 from tdc.ir.block import without_gather
+from tdc.options import takes_budget
 from tdc.planning.budget import QUANTITIES
 from tdc.planning.cost import block_cost, dense_cost
 from tdc.planning.path import contraction_paths
+from tdc.planning.unfold import Suggested
 from tdc.progress import track
 from tdc.statistics import SiteStatistics
 from tdc.targets import Target
@@ -30,7 +32,8 @@ class ProposeLayouts(Pass):
     """The dense weight always, and every point of every allowed decomposition's lattice that is smaller in the
     budget's terms.
 
-    A point that is not smaller than dense in parameters, bytes and multiply-adds is not proposed.
+    A point that is not smaller than dense in parameters, bytes and multiply-adds is not proposed. With an allocation
+    that takes no budget, of each variant one point at most: the ranks that it suggests (:mod:`tdc.planning.unfold`).
     """
 
     name = "propose-layouts"
@@ -42,12 +45,12 @@ class ProposeLayouts(Pass):
         for site in track(unit.sites, "proposing layouts", show=unit.options.progress):
             options, declined = _candidates(unit, site, known.get(site.order), chosen)
             proposed[site.order] = options
-            if unit.options.allow:
-                remarks += [Remark(site.name, self.name, reason) for reason in declined]
+            remarks += [Remark(site.name, self.name, reason) for reason in declined]
             if len(options) == 1:
                 tried = ", ".join(d.name for d in chosen) or "no decomposition"
+                ranks = "rank" if takes_budget(unit.options.allocation) else f"{unit.options.allocation} rank"
                 remarks.append(
-                    Remark(site.name, self.name, f"{site.label}: {tried} has no rank that stores less than dense")
+                    Remark(site.name, self.name, f"{site.label}: {tried} has no {ranks} that stores less than dense")
                 )
         return unit.having(candidates=proposed).remarking(*remarks)
 
@@ -145,24 +148,24 @@ def _straight(target: Target, site: Site, layout: Layout) -> Block | Decline:
 def _candidates(
     unit: Unit, site: Site, entry: SiteStatistics | None, chosen: list[decompositions.Decomposition]
 ) -> tuple[tuple[Candidate, ...], list[str]]:
-    """Candidates in rising order of cost, the dense one last; and why decompositions have none."""
+    """Candidates in rising order of cost, the dense one last; and why decompositions have none, where that is
+    to be told: of those that are named, and where a weight's own ranks leave it dense.
+    """
     work = Work.of(unit, site, entry)
     sensitivity = entry.sensitivity if entry is not None else 1.0
     full = dense_cost(site, work.rows, work.ratios)
     dense = Candidate(site, DENSE, sensitivity=sensitivity, cost=full, dense_cost=full)
     weight = unit.program.weight(site).double()
     metric = metric_of(unit, site, entry, weight)
+    suggested = None if takes_budget(unit.options.allocation) else Suggested(unit.options.allocation, weight)
     options: list[Candidate] = []
     declined: list[str] = []
     for decomposition in chosen:
         found: list[Candidate | Decline] = []
         for variant in decomposition.variants(site.axes):
-            if reason := decomposition.too_large(site.axes, variant):
-                found.append(Decline(reason))
-            elif metric.output_moment is None or not decomposition.needs_input(variant):
-                found += _points(unit, dense, weight, metric, decomposition, variant, work)
-            else:
-                found.append(Decline(f"needs the moment of {math.prod(site.matrix[2:])} inputs, which is not kept"))
+            lattice = _lattice(unit, site, metric, decomposition, variant, suggested)
+            bare = replace(dense, decomposition=decomposition.name, variant=variant)
+            found += [lattice] if isinstance(lattice, Decline) else _points(unit, bare, lattice, weight, metric, work)
         gains = [point for point in found if isinstance(point, Candidate)]
         if not gains:
             reasons = [point.reason for point in found if isinstance(point, Decline)]
@@ -172,28 +175,43 @@ def _candidates(
     if entry is not None:
         options = [replace(c, sensitivity=float(f"{entry.sensitivity_at(c.error):.6g}")) for c in options]
     options.sort(key=lambda c: (c.cost.params, c.error, c.decomposition, c.variant))
-    return (*_useful(options), dense), declined
+    told = bool(unit.options.allow) or (suggested is not None and not options)
+    return (*_useful(options), dense), declined if told else []
 
 
-def _points(
+def _lattice(
     unit: Unit,
-    dense: Candidate,
-    weight: Tensor,
+    site: Site,
     metric: Metric,
     decomposition: decompositions.Decomposition,
     variant: str,
-    work: Work,
+    suggested: Suggested | None,
+) -> Sequence[Mapping[str, int]] | Decline:
+    """The ranks of one variant that are worth a look, or why the site is none for it."""
+    if reason := decomposition.too_large(site.axes, variant):
+        return Decline(reason)
+    if metric.output_moment is not None and decomposition.needs_input(variant):
+        return Decline(f"needs the moment of {math.prod(site.matrix[2:])} inputs, which is not kept")
+    full = decomposition.full_ranks(site.axes, variant)
+    stepped = suggested is None and unit.options.allocation != "uniform"
+    lattice = decomposition.rank_lattice(
+        site.axes, unit.target.rank_step(min(full.values())) if stepped else 1, variant
+    )
+    if suggested is None or not lattice:
+        return lattice
+    ranks = suggested.ranks(_layout(decomposition.name, site.sizes, tuple(full.items()), variant), full)
+    return ranks if isinstance(ranks, Decline) else [ranks]
+
+
+def _points(
+    unit: Unit, bare: Candidate, lattice: Sequence[Mapping[str, int]], weight: Tensor, metric: Metric, work: Work
 ) -> list[Candidate | Decline]:
     """One variant's candidates, and why points of its lattice are none; no error is worked out if all are none."""
-    site = dense.site
-    full_rank = min(decomposition.full_ranks(site.axes, variant).values())
-    step = unit.target.rank_step(full_rank) if unit.options.allocation != "uniform" else 1
-    lattice = decomposition.rank_lattice(site.axes, step, variant)
-    bare = replace(dense, decomposition=decomposition.name, variant=variant)
     points = [_executed(unit, replace(bare, ranks=tuple(ranks.items())), work) for ranks in lattice]
     useful = [k for k, point in enumerate(points) if isinstance(point, Candidate)]
     chosen = [lattice[k] for k in useful]
-    errors = decompositions.errors(decomposition, weight, site.axes, metric, chosen, variant)
+    decomposition = decompositions.get(bare.decomposition)
+    errors = decompositions.errors(decomposition, weight, bare.site.axes, metric, chosen, bare.variant)
     for k, error in zip(useful, errors, strict=True):
         point = points[k]
         assert isinstance(point, Candidate)

@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--explain", nargs="*", metavar="SITE", help="print what was considered for these sites (all), and why it lost"
     )
-    budget = plan.add_mutually_exclusive_group(required=True)
+    budget = plan.add_mutually_exclusive_group()
     budget.add_argument("--pareto", action="store_true", help="a table of plans that keep 0.9 to 0.1 of the parameters")
     budget.add_argument("--budget", help=_BUDGET)
     _deciding(plan)
@@ -156,7 +156,11 @@ def _deciding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", default="auto", help="weight, input, fisher or auto (default)")
     parser.add_argument("--target", default="auto", help="see 'tdc list targets'")
     parser.add_argument("--allow", action="append", metavar="NAME", help="decomposition to choose from, or all")
-    parser.add_argument("--allocation", default="lagrangian", help="lagrangian (default) or uniform")
+    parser.add_argument(
+        "--allocation",
+        default="lagrangian",
+        help="lagrangian (default) or uniform; without a budget evbmf, energy or energy=0.9: ranks by each weight",
+    )
     _common(parser)
 
 

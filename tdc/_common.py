@@ -14,7 +14,7 @@ from . import decompositions, targets
 from ._search import Goal, evaluated, searched
 from .errors import CalibrationError, OptionError
 from .ir import Cost, Plan
-from .options import Options
+from .options import Options, named_allocation, takes_budget
 from .passes.base import Pass, Unit
 from .passes.pipeline import APPLYING, COMPRESSING, LOWERING, PROPOSING, Pipeline
 from .planning.budget import Budget
@@ -24,7 +24,17 @@ from .statistics import Statistics
 if TYPE_CHECKING:
     from .frontends.program import Program
 
-__all__ = ["Names", "checked_options", "goal_of", "new_unit", "peeked", "realized", "reported"]
+__all__ = [
+    "Names",
+    "check_decided",
+    "checked_options",
+    "goal_of",
+    "is_searched",
+    "new_unit",
+    "peeked",
+    "realized",
+    "reported",
+]
 
 Names = str | Iterable[str] | None
 
@@ -39,7 +49,24 @@ def checked_options(
             decompositions.get(name)
     if budget is not None:
         Budget.parse(budget)
-    return Options(budget, metric, target, allowed, excluded, allocation, seed, progress)
+    return Options(budget, metric, target, allowed, excluded, named_allocation(allocation), seed, progress)
+
+
+def check_decided(options: Options, plan: object = None) -> None:
+    """Raise OptionError unless one of a plan, a budget and an allocation that takes none decides what stays."""
+    suggests = not takes_budget(options.allocation)
+    if plan is not None and suggests:
+        raise OptionError(f"the plan has its ranks already: leave out plan=, or allocation={options.allocation!r}")
+    if not suggests and (plan is None) == (options.budget is None):
+        raise OptionError(
+            "give budget= (for example budget='params=0.5') or plan=, one of the two; or, in place of both, an "
+            "allocation that needs no budget: allocation='evbmf' or 'energy'"
+        )
+
+
+def is_searched(options: Options) -> bool:
+    """Whether the budget is met by measuring plans."""
+    return options.budget is not None and bool(Budget.parse(options.budget).least)
 
 
 def peeked(example: Any, batches: Any) -> tuple[Any, Any]:
@@ -77,9 +104,8 @@ def realized(
     """The unit after planning (where no plan is given), fitting and rewriting; ``exchange`` may put another pass in the
     place of one.
     """
-    if (plan is None) == (unit.options.budget is None):
-        raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
-    if plan is None and Budget.parse(unit.options.budget).least:
+    check_decided(unit.options, plan)
+    if plan is None and is_searched(unit.options):
         unit = searched(Pipeline([exchange(step) for step in PROPOSING]).run(unit), goal, exchange)
         return Pipeline([exchange(step) for step in LOWERING]).run(unit)
     if plan is None:
@@ -99,6 +125,8 @@ def goal_of(
     """
     if evaluate is None and drop is None:
         return options, None
+    if not takes_budget(options.allocation):
+        raise OptionError(f"metric_drop= limits the loss: it cannot go with the allocation {options.allocation}")
     budget = Budget.parse("params=min" if options.budget is None else options.budget)
     if not budget.least or budget.loss is not None:
         raise OptionError(

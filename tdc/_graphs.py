@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._common import Names, checked_options, goal_of, new_unit, peeked, realized, reported
+from ._common import Names, check_decided, checked_options, goal_of, new_unit, peeked, realized, reported
 from .archive import RECORD, stored_report
-from .errors import DestinationError, ModelError, OptionError
+from .errors import DestinationError, ModelError
 from .ir import Plan
 from .report import Report
 from .statistics import Statistics
@@ -114,9 +114,9 @@ def compress_export(
 
     if not isinstance(program, torch.export.ExportedProgram):
         raise ModelError(f"compress_export takes a torch.export.ExportedProgram; got {type(program).__name__}")
-    if plan is None and budget is None and evaluate is None:
-        raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
     options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    if evaluate is None:
+        check_decided(options, plan)
     calibration = peeked(None, calibration)[1]
     opened = open_exported(program)
     before = opened.cost()

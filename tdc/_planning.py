@@ -18,6 +18,7 @@ from .frontends.fx.captured import Bound, undisturbed
 from .frontends.fx.program import Batch, FxProgram
 from .frontends.fx.rewrite import Cut
 from .ir import Cost, Plan, Site, assign
+from .options import Options
 from .passes.base import Unit
 from .passes.fit_factors import FitFactors
 from .passes.propose_joint import members_of
@@ -71,7 +72,7 @@ def refit(bound: Bound, settings: Settings, old: Outcome) -> Outcome:
         now = {site.order: site for site in program.sites()[0]}
         choices = tuple(replace(c, site=now[c.site.order]) for c in old.plan.choices if c.site.order in now)
         known = None if old.statistics is None else _renamed(old.statistics, old.sites, now)
-        options = replace(settings.options, budget=None, exclude=())
+        options = replace(settings.options, budget=None, allocation=Options.allocation, exclude=())
         unit = Unit(program, targets.get(options.target), options, statistics=known)
         new = _outcome(unit, program, replace(old.plan, choices=choices), None)
     before, after = old.report.model_before, old.report.model_after

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ._common import checked_options
+from ._common import check_decided, checked_options
 from ._lowering import INNER, Lowering
 from .errors import OptionError
 from .ir import Plan
-from .options import Options
+from .options import Options, takes_budget
 from .statistics import Statistics
 
 __all__ = ["Settings", "log"]
@@ -90,14 +90,14 @@ class Settings:
             raise OptionError(
                 f"statistics= takes what tdc.calibrate returns, or a path; got {type(statistics).__name__}"
             )
-        if plan is None and chosen.get("budget") is None:
+        budgeted = takes_budget(chosen.get("allocation", Options.allocation))
+        if plan is None and chosen.get("budget") is None and budgeted:
             chosen["budget"] = DEFAULT_BUDGET
             data = statistics is not None or chosen.get("calibration") is not None
             chosen.setdefault("calibrate_calls", 0 if data else DEFAULT_CALLS)
             _say_the_default(chosen["calibrate_calls"])
-        elif plan is not None and chosen.get("budget") is not None:
-            raise OptionError("give budget= (for example budget='params=0.5') or plan=, one of the two")
         options = checked_options(**{name: chosen.pop(name, default) for name, default in _OPTIONS.items()})
+        check_decided(options, plan)
         made = cls(options, plan, statistics, **chosen, mode=mode, given=given)
         made._check_values()
         return made

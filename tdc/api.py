@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from . import targets
-from ._common import Names, checked_options, goal_of, new_unit, peeked, realized, reported
+from ._common import (
+    Names,
+    checked_options,
+    goal_of,
+    is_searched,
+    new_unit,
+    peeked,
+    realized,
+    reported,
+)
 from ._graphs import compress_export, compress_onnx
 from ._search import searched
 from .archive import RECORD, load, note_in_config, save, stored_report
@@ -19,13 +28,12 @@ from .front import Front, front_of
 from .frontends.nn import Factored, NnProgram
 from .heal import Heal, heal, healed
 from .ir import Cost, Plan
-from .options import Options
+from .options import Options, takes_budget
 from .passes.base import Unit
 from .passes.calibrate import Calibrate
 from .passes.find_sites import FindSites
 from .passes.group_sites import GroupSites
 from .passes.pipeline import PLANNING, PROPOSING, Pipeline
-from .planning.budget import Budget
 from .report import Report
 from .statistics import Statistics
 
@@ -104,7 +112,7 @@ def plan(
     model: nn.Module | str | Path,
     example_inputs: Any = None,
     *,
-    budget: object,
+    budget: object = None,
     calibration: Any = None,
     statistics: Statistics | str | Path | None = None,
     metric: str = "auto",
@@ -126,8 +134,10 @@ def plan(
     """
     example, calibration = peeked(example_inputs, calibration)
     options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
+    if options.budget is None and takes_budget(options.allocation):
+        raise BudgetError("give budget= (for example budget='params=0.5'), or allocation='evbmf' or 'energy'")
     unit = new_unit(_open(model, example), options, calibration, statistics, probe)
-    if Budget.parse(options.budget).least:
+    if is_searched(options):
         made = searched(Pipeline(PROPOSING).run(unit), None).plan
     else:
         made = Pipeline(PLANNING).run(unit).plan
@@ -202,11 +212,11 @@ def compress(
         calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
         metric: norm of the error: ``weight`` (Frobenius, no data), ``input`` (mean squared error of the layer's output
             on the data), ``fisher`` (weighted by the gradients of the model's loss in it), ``auto``: the best possible.
-        target: the machine, see ``tdc list targets``.
-        plan: a Plan, or the path of a plan file, to apply instead of a budget.
+        target, plan: the machine, see ``tdc list targets``; a Plan, or the path of one, to apply instead of a budget.
         allow: names of the decompositions to choose from, or ``all``; default as ``tdc list decompositions`` says.
         exclude, probe: sites or modules (names, shell patterns) that stay dense; batches, see :func:`calibrate`.
-        allocation: ``lagrangian`` (one budget over all sites) or ``uniform`` (each site keeps the same fraction).
+        allocation: ``lagrangian`` (one budget over all) or ``uniform`` (each site keeps the same fraction); or, without
+            a budget, ``evbmf`` (a weight's singular values above its noise) or ``energy=0.95`` (of its squared norm).
         heal: train the factors on the calibration data, without labels: True, or a :class:`Heal`; see :func:`heal`.
         evaluate, metric_drop: a function of a model, higher is better, and how much of that may be lost, as a budget.
         seed: recorded in the plan; same input, options and seed give the same factors.

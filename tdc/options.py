@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .errors import OptionError
+from .errors import BudgetError, OptionError
 
-__all__ = ["ALLOCATIONS", "Options"]
+__all__ = ["BUDGETED", "SUGGESTING", "Options", "named_allocation", "read_allocation", "takes_budget"]
 
-ALLOCATIONS = ("lagrangian", "uniform")
+BUDGETED = ("lagrangian", "uniform")
+"""Allocations of a budget over the sites."""
+SUGGESTING = ("energy", "evbmf")
+"""Allocations that take no budget: the singular values of each weight suggest its ranks."""
+_SHARES = {"energy": 0.95}
+"""Those that have a share of the squared norm to keep, ``energy=0.9``, and the one that they keep by default."""
 METRICS = ("auto", "weight", "input", "fisher")
 
 
@@ -19,7 +24,8 @@ class Options:
     decompositions, () for all.
 
     ``exclude``: site names or shell patterns that stay dense. ``allocation``: lagrangian, or uniform (every site
-    keeps the same fraction, rank rounded down to an integer).
+    keeps the same fraction, rank rounded down to an integer); or, without a budget, energy or evbmf (the ranks that
+    the singular values of each weight suggest, see :mod:`tdc.planning.suggest`).
     """
 
     budget: object = None
@@ -34,8 +40,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise OptionError(f"unknown metric {self.metric!r}. Known: {', '.join(METRICS)}")
-        if self.allocation not in ALLOCATIONS:
-            raise OptionError(f"unknown allocation {self.allocation!r}. Known: {', '.join(ALLOCATIONS)}")
+        if not takes_budget(self.allocation) and self.budget is not None:
+            raise BudgetError(
+                f"the allocation {self.allocation} takes no budget, it suggests ranks from each weight alone: leave "
+                f"out the budget, or use the allocation lagrangian or uniform"
+            )
         if not isinstance(self.seed, int):
             raise OptionError(f"seed must be an integer; got {self.seed!r}")
 
@@ -50,3 +59,35 @@ class Options:
         if not all(isinstance(name, str) for name in names):
             raise OptionError(f"{what} must be a name or a list of names; got {given!r}")
         return names
+
+
+def read_allocation(given: object) -> tuple[str, float]:
+    """Name and share: ``"energy=0.9" -> ("energy", 0.9)``; the share is 0 where there is none.
+
+    Raises OptionError.
+    """
+    name, equals, text = str(given).partition("=")
+    name = name.strip()
+    if not isinstance(given, str) or name not in (*BUDGETED, *SUGGESTING) or (equals and name not in _SHARES):
+        known = ", ".join([*BUDGETED, *(f"{n} or {n}={_SHARES[n]:g}" if n in _SHARES else n for n in SUGGESTING)])
+        raise OptionError(f"unknown allocation {given!r}. Known: {known}")
+    if not equals:
+        return name, _SHARES.get(name, 0.0)
+    try:
+        share = float(text)
+    except ValueError:
+        raise OptionError(f"{text.strip()!r} in the allocation {given!r} is not a number") from None
+    if not 0 < share <= 1:
+        raise OptionError(f"the allocation {given!r} needs a share of the squared norm above 0 and at most 1")
+    return name, share
+
+
+def named_allocation(given: object) -> str:
+    """The allocation in the words in which plans record it, its share included: ``energy -> energy=0.95``."""
+    name, share = read_allocation(given)
+    return f"{name}={share}" if name in _SHARES else name
+
+
+def takes_budget(allocation: object) -> bool:
+    """Whether it spends a budget over the sites."""
+    return read_allocation(allocation)[0] in BUDGETED

@@ -75,9 +75,9 @@ def plan_table(plan: Plan) -> str:
 def plan_explanation(plan: Plan, choices: Sequence[Candidate]) -> str:
     """What was considered for each of the choices of a plan, and what decided."""
     prices = ", ".join(f"{value:.3g} for one more of {key}" for key, value in plan.price)
-    lines = []
+    lines = [str(remark) for remark in plan.remarks if remark.stage == "choose-plan" and not remark.site]
     if prices:
-        lines = [f"price, what the budget saves of loss elsewhere: {prices}"]
+        lines += [f"price, what the budget saves of loss elsewhere: {prices}"]
         lines += ["the least loss + price wins, but for what the budget leaves over"]
     for choice in choices:
         lines += ["", f"{choice.site.name}, {choice.site.label}, {choice.sensitivity:.3g} of loss per unit of error"]

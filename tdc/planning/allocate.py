@@ -11,13 +11,15 @@ from ..ir import Cost
 from .budget import Budget
 from .knapsack import multiple_choice
 
-__all__ = ["Allocation", "Option", "allocate", "allocate_uniform", "prefer_compressed"]
+__all__ = ["Allocation", "Option", "allocate", "allocate_suggested", "allocate_uniform", "prefer_compressed"]
 
 _BISECTIONS = 200
 _ROUNDS = 60
 _BAND = 0.03
 """Differences of predicted loss below this fraction say nothing."""
 _LEAST_SAVING = 0.01
+_ROUNDING = 1e-12
+"""Relative squared errors below this are rounding."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,25 @@ def allocate_uniform(options: Sequence[Sequence[Option]], budget: Budget) -> lis
 def _share(cost: Cost, dense: Cost, key: str) -> float:
     whole = getattr(dense, key)
     return float(getattr(cost, key) / whole) if whole else 0.0
+
+
+def allocate_suggested(options: Sequence[Sequence[Option]]) -> list[int]:
+    """For every site, without a budget, one of the options whose ranks the weight suggests; the last option is dense,
+    and taken where there is no other.
+
+    Each format calls another part of the weight noise, so that neither the smallest nor the most accurate one is the
+    best: it is the one of least ``n ln(loss) + params ln(n)``, n the numbers in the weight (Schwarz 1978, for noise
+    that is Gaussian), of several the first. ``loss``: the relative squared error; below 1e-12 it counts as rounding.
+    """
+
+    def length(option: Option, numbers: int) -> float:
+        return numbers * math.log(max(option.loss, _ROUNDING)) + option.cost.params * math.log(numbers)
+
+    taken = []
+    for site in options:
+        lengths = [length(option, site[-1].cost.params) for option in site[:-1]]
+        taken.append(lengths.index(min(lengths)) if lengths else 0)
+    return taken
 
 
 def _check_reachable(options: Sequence[Sequence[Option]], budget: Budget, dense: Cost) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, exp, log, sqrt
 
 import numpy as np
 
-__all__ = ["energy", "evbmf"]
+from ..errors import OptionError
+from ..options import read_allocation
+
+__all__ = ["Rule", "energy", "evbmf", "rule"]
+
+Rule = Callable[[Sequence[float], int, int], int]
+"""``(singular values, rows, columns) -> rank``; 0 where nothing is worth a rank."""
 
 _GRID = 64
 _STEPS = 40
@@ -56,6 +62,23 @@ def evbmf(singular_values: Sequence[float], rows: int, columns: int) -> int:
     lowest = max(float(rest[0]) / (large * limit), float(rest.mean()) / large)
     variance = _least(squares, small, large, alpha, limit, lowest, max(lowest, highest))
     return int(np.count_nonzero(squares > large * variance * limit))
+
+
+_RULES: Mapping[str, Callable[[float], Rule]] = {
+    "energy": lambda share: lambda values, rows, columns: energy(values, share),
+    "evbmf": lambda share: evbmf,
+}
+
+
+def rule(allocation: str) -> Rule:
+    """The rule of an allocation that takes no budget, ``evbmf``, ``energy`` or ``energy=0.9``.
+
+    Raises OptionError for another one.
+    """
+    name, share = read_allocation(allocation)
+    if name not in _RULES:
+        raise OptionError(f"the allocation {allocation!r} suggests no ranks: it takes a budget")
+    return _RULES[name](share)
 
 
 def _squares(singular_values: Sequence[float]) -> np.ndarray:

@@ -62,7 +62,11 @@ def test_an_unknown_decomposition_is_refused_with_a_suggestion() -> None:
     [
         ({"metric": "wieght"}, "unknown metric 'wieght'"),
         ({"target": "tpu"}, "unknown target 'tpu'. Known: auto, cpu"),
-        ({"allocation": "fair"}, "unknown allocation 'fair'"),
+        ({"allocation": "fair"}, "unknown allocation 'fair'. Known: lagrangian, uniform, energy or energy=0.95, evbmf"),
+        ({"allocation": None}, "unknown allocation None"),
+        ({"allocation": "evbmf=3"}, "unknown allocation 'evbmf=3'"),
+        ({"allocation": "energy=0"}, "'energy=0' needs a share of the squared norm above 0 and at most 1"),
+        ({"allocation": "energy=nan"}, "'energy=nan' needs a share"),
         ({"seed": "0"}, "seed must be an integer"),
         ({"exclude": "7.weight"}, "fits no site; sites are named like"),
         ({"exclude": [1]}, "exclude must be a name"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tdc.errors import BudgetError
 from tdc.ir import Cost
-from tdc.planning.allocate import Option, allocate, prefer_compressed
+from tdc.planning.allocate import Option, allocate, allocate_suggested, prefer_compressed
 from tdc.planning.budget import Budget
 
 Problem = list[list[Option]]
@@ -207,3 +207,15 @@ def test_dense_sites_are_compressed_where_that_is_as_good(sites: Problem, keep: 
 def test_a_lossless_option_is_taken_even_where_dense_fits() -> None:
     site = [Option(Cost(50, 200, 50), 0.0), Option(Cost(100, 400, 100), 0.0)]
     assert prefer_compressed([site], [1]) == [0]
+
+
+def test_of_suggested_options_the_one_of_the_shortest_description_is_taken() -> None:
+    """``1000 ln(error) + 6.9 params``: twice the error is worth a hundred numbers, and a weight lost is worth none."""
+    dense = Option(Cost(1000, 4000, 1000), 0.0)
+
+    def site(*pairs: tuple[int, float]) -> list[Option]:
+        return [*(Option(Cost(params, 4 * params, params), loss) for params, loss in pairs), dense]
+
+    sites = [site((300, 0.02), (390, 0.01)), site((300, 0.02), (410, 0.01)), site((5, 0.98), (300, 0.02)), site()]
+    assert allocate_suggested(sites) == [1, 0, 1, 0]
+    assert allocate_suggested([site((300, 1e-15), (310, 0.0))]) == [0], "rounding counts for nothing"
