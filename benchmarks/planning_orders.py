@@ -92,11 +92,13 @@ def walked(
     return None
 
 
-def spearman_of(case: Case, keep: float, cache: Path | None, most: int | None = None, count: int = 30) -> None:
+def spearman_of(
+    case: Case, keep: float, cache: Path | None, most: int | None = None, count: int = 30, *, anchors: bool = True
+) -> None:
     """One row for fits by themselves, one for anchored fits, one for the sum of what single sites were measured to lose
     in place of the prediction; then one a site.
     """
-    unit = proposed(case, known_statistics(case, cache), anchors=True)
+    unit = proposed(case, known_statistics(case, cache), anchors=anchors)
     fits, judge = Fits(unit), Judge(unit, case.held_out)
     plans = random_plans(pools_of(unit, most), keep, count)
     predicted, measured, start = [loss_of(plan) for plan in plans], [], time.perf_counter()
@@ -118,6 +120,8 @@ def spearman_of(case: Case, keep: float, cache: Path | None, most: int | None = 
         if len(own) > 2:
             pair = [c.sensitivity * c.error for c in own], [single[c] for c in own]
             add_row({**head, "case": f"{where}, {site.name} alone", **compared(*pair)})
+    if not anchors:
+        return
     anchored = [judge.lost(realised(unit, [c for c in plan if not c.is_dense])) for plan in plans]
     add_row({**head, "case": f"{where}, anchored fits", **compared(predicted, anchored), "pass mark": ">= 0.9"})
 
