@@ -22,7 +22,10 @@ from tdc.targets import Target
 
 from .base import Pass, Unit
 
-__all__ = ["ProposeLayouts", "Work", "lowered", "metric_name", "metric_of", "site_statistics"]
+__all__ = ["SMALL_ERROR", "ProposeLayouts", "Work", "lowered", "metric_name", "metric_of", "site_statistics"]
+
+SMALL_ERROR = 0.03
+"""Relative squared error at which the sensitivity of a site that stays dense is stated."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def _candidates(
 ) -> tuple[tuple[Candidate, ...], list[str]]:
     """Candidates in rising order of cost, the dense one last; and why decompositions have none."""
     work = Work.of(unit, site, entry)
-    sensitivity = entry.sensitivity if entry is not None else 1.0
+    sensitivity = entry.sensitivity_at(SMALL_ERROR) if entry is not None else 1.0
     full = dense_cost(site, work.rows, work.ratios)
     dense = Candidate(site, DENSE, sensitivity=sensitivity, cost=full, dense_cost=full)
     weight = unit.program.weight(site).double()
