@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,19 @@ from tdc.passes.pipeline import PROPOSING, Pipeline
 from tdc.passes.propose_layouts import lowered, metric_name
 from tdc.statistics import divergence, logits_among
 
-__all__ = ["Case", "Fits", "Judge", "add_row", "digits", "figure", "known_statistics", "proposed", "spearman", "vgg11"]
+__all__ = [
+    "Case",
+    "Fits",
+    "Judge",
+    "add_row",
+    "coarse_loss",
+    "digits",
+    "figure",
+    "known_statistics",
+    "proposed",
+    "spearman",
+    "vgg11",
+]
 
 NAME = "planning"
 KEYS = ("experiment", "net", "case")
@@ -174,6 +186,16 @@ class Judge:
         moved = [self.unit.program.outputs(batch, changes) for batch in self.batches]
         each = [divergence(old, new, self.logits) for old, new in zip(self.references, moved, strict=True)]
         return sum(share * value for share, value in zip(self.shares, each, strict=True))
+
+
+def coarse_loss(known: tdc.Statistics, unit: Unit) -> Callable[[Candidate], float]:
+    """The loss that a candidate is predicted to cause by sensitivities at errors of 0.03 and 0.3 alone."""
+    entries = {}
+    for order, entry in known.of(unit.sites).items():
+        probes = tuple((error, value) for error, value in entry.probes if error > 0.01)
+        small = next((value for _, value in probes if value > 0), entry.sensitivity)
+        entries[order] = replace(entry, probes=probes, sensitivity=small)
+    return lambda choice: choice.error * entries[choice.site.order].sensitivity_at(choice.error)
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from planning_common import Case, Fits, Judge, add_row, figure, known_statistics, proposed, realised, spearman
+from planning_common import (
+    Case,
+    Fits,
+    Judge,
+    add_row,
+    coarse_loss,
+    figure,
+    known_statistics,
+    proposed,
+    realised,
+    spearman,
+)
 
 from tdc.ir import Candidate
 from tdc.passes.base import Unit
@@ -40,34 +51,35 @@ def pools_of(unit: Unit, most: int | None) -> list[list[Candidate]]:
 
 
 def random_plans(pools: Sequence[Sequence[Candidate]], keep: float, count: int, seed: int = 0) -> list[Choices]:
-    """Plans within 1 % of a keep. The loss of each site, and of each format at it, is tilted by a random factor (log
-    normal, the spread itself random); the plan is the cheapest in that loss, brought to the keep by random exchanges.
+    """Plans within 1 % of a keep. The error of each site, and of each format at it, is weighted by a random factor (log
+    normal, the spread itself random), without regard to sensitivities; the plan is the one of least weighted error,
+    brought to the keep by random exchanges.
     """
     random = np.random.default_rng(seed)
     limit = keep * sum(row[-1].cost.params for row in pools)
     found: dict[tuple[tuple[object, ...], ...], Choices] = {}
     while len(found) < count:
         spread = random.uniform(0.3, 2.0)
-        tilted = []
+        weighted = []
         for row in pools:
             formats = {(c.decomposition, c.variant): random.normal(0, spread / 2) for c in row}
             site = random.normal(0, spread)
-            tilted.append([np.exp(site + formats[c.decomposition, c.variant]) * c.sensitivity * c.error for c in row])
-        plan = walked(pools, cheapest(pools, tilted, limit), limit, random)
+            weighted.append([np.exp(site + formats[c.decomposition, c.variant]) * c.error for c in row])
+        plan = walked(pools, cheapest(pools, weighted, limit), limit, random)
         if plan is not None:
             found[tuple((c.decomposition, c.variant, c.ranks) for c in plan)] = plan
     return list(found.values())
 
 
-def cheapest(pools: Sequence[Sequence[Candidate]], losses: Sequence[Sequence[float]], limit: float) -> list[int]:
-    """Least loss at the lowest price of a parameter that keeps the limit."""
+def cheapest(pools: Sequence[Sequence[Candidate]], errors: Sequence[Sequence[float]], limit: float) -> list[int]:
+    """Least weighted error at the lowest price of a parameter that keeps the limit."""
     low, high, best = -40.0, 5.0, [0] * len(pools)
     for _ in range(60):
         middle = (low + high) / 2
         price = np.exp(middle)
         chosen = [
-            min(range(len(row)), key=lambda k: loss[k] + price * row[k].cost.params)
-            for row, loss in zip(pools, losses, strict=True)
+            min(range(len(row)), key=lambda k: error[k] + price * row[k].cost.params)
+            for row, error in zip(pools, errors, strict=True)
         ]
         if params_of([row[k] for row, k in zip(pools, chosen, strict=True)]) <= limit:
             best, high = chosen, middle
@@ -98,7 +110,8 @@ def spearman_of(
     """One row for fits by themselves, one for anchored fits, one for the sum of what single sites were measured to lose
     in place of the prediction; then one a site.
     """
-    unit = proposed(case, known_statistics(case, cache), anchors=anchors)
+    known = known_statistics(case, cache)
+    unit = proposed(case, known, anchors=anchors)
     fits, judge = Fits(unit), Judge(unit, case.held_out)
     plans = random_plans(pools_of(unit, most), keep, count)
     predicted, measured, start = [loss_of(plan) for plan in plans], [], time.perf_counter()
@@ -111,6 +124,9 @@ def spearman_of(
     near = [k for k in range(count) if predicted[k] <= NEAR * min(predicted)]
     pair = [predicted[k] for k in near], [measured[k] for k in near]
     add_row({**head, "case": f"{where}, those predicted within {NEAR} times the least", **compared(*pair)})
+    before = coarse_loss(known, unit)
+    pair = [sum(map(before, plan)) for plan in plans], measured
+    add_row({**head, "case": f"{where}, by sensitivities at 0.03 and 0.3 alone", **compared(*pair)})
     single = {c: judge.lost(fits.of([c])) for c in {c for plan in plans for c in plan if not c.is_dense}}
     summed = [sum(single.get(c, 0.0) for c in plan) for plan in plans]
     add_row({**head, "case": f"{where}, single sites measured and summed", **compared(summed, measured)})
