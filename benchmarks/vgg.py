@@ -48,8 +48,9 @@ def cifar(part: str, count: int | None = None, start: int = 0) -> tuple[Tensor, 
 
     data = np.load(shared_data(f"cifar10_{part}.npz"))
     stop = len(data["label"]) if count is None else start + count
-    places = zip(data["offset"][start:stop], data["offset"][start + 1 : stop + 1], strict=True)
-    images = [np.asarray(Image.open(io.BytesIO(data["jpeg"][first:last].tobytes()))) for first, last in places]
+    blob, offsets = data["jpeg"], data["offset"]  # each look-up in an .npz file reads the array anew
+    places = zip(offsets[start:stop], offsets[start + 1 : stop + 1], strict=True)
+    images = [np.asarray(Image.open(io.BytesIO(blob[first:last].tobytes()))) for first, last in places]
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return (x - mean) / std, torch.from_numpy(data["label"][start:stop].astype(np.int64))

@@ -24,7 +24,19 @@ from tdc.targets import Target
 
 from .base import Pass, Unit
 
-__all__ = ["ProposeLayouts", "Work", "allowed", "lowered", "metric_name", "metric_of", "site_statistics"]
+__all__ = [
+    "SMALL_ERROR",
+    "ProposeLayouts",
+    "Work",
+    "allowed",
+    "lowered",
+    "metric_name",
+    "metric_of",
+    "site_statistics",
+]
+
+SMALL_ERROR = 0.03
+"""Relative squared error at which the sensitivity of a site that stays dense is stated."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ def _candidates(
     to be told: of those that are named, and where a weight's own ranks leave it dense.
     """
     work = Work.of(unit, site, entry)
-    sensitivity = entry.sensitivity if entry is not None else 1.0
+    sensitivity = entry.sensitivity_at(SMALL_ERROR) if entry is not None else 1.0
     full = dense_cost(site, work.rows, work.ratios)
     dense = Candidate(site, DENSE, sensitivity=sensitivity, cost=full, dense_cost=full)
     weight = unit.program.weight(site).double()

@@ -34,9 +34,10 @@ class SiteStatistics:
     matters.
 
     ``sensitivity`` is the change of the model's output per unit of relative squared error of the site, in the best
-    metric of the statistics (see :func:`tdc.calibrate`), at a small error; ``probes`` has (error, sensitivity) pairs,
-    in rising order, where it was measured at several. ``side``: ``output`` where the moment is that of the outputs
-    ``W x`` of a very wide convolution. ``seen``: rows or positions in all batches, also those that were not sampled.
+    metric of the statistics (see :func:`tdc.calibrate`), at the smallest error at which there was one; ``probes`` has
+    (error, sensitivity) pairs, in rising order, where it was measured at several. ``side``: ``output`` where the moment
+    is that of the outputs ``W x`` of a very wide convolution. ``seen``: rows or positions in all batches, also those
+    that were not sampled.
     ``lengths``: (axis, input, output) of each window axis, summed over the batches.
     """
 
@@ -55,14 +56,20 @@ class SiteStatistics:
 
     def sensitivity_at(self, error: float) -> float:
         """The sensitivity at a relative squared error: the change of the output is taken for a power of the error
-        between two probes, ``d = a e^p`` with p at least one half, and for linear below and above them.
+        between two probes that follow each other, ``d = a e^p`` with p at least one half, and for linear below and
+        above all of them.
         """
-        if len(self.probes) < 2 or error <= self.probes[0][0]:
+        highest = max((value for _, value in self.probes), default=0.0)
+        if len(self.probes) < 2 or error <= self.probes[0][0] or highest <= 0:
             return self.sensitivity
-        (low, first), (high, second) = self.probes[0], self.probes[-1]
-        first, least = max(first, _SILENT * second), self.sensitivity * (low / high) ** 0.5
-        share = math.log(min(error, high) / low) / math.log(high / low)
-        return first * (max(second, least) / first) ** share if first > 0 else self.sensitivity
+        low, least = self.probes[0][0], max(self.probes[0][1], _SILENT * highest)
+        for high, value in self.probes[1:]:
+            most = max(value, least * (low / high) ** 0.5)
+            if error <= high:
+                share = math.log(error / low) / math.log(high / low)
+                return least * (most / least) ** share
+            low, least = high, most
+        return least
 
     @property
     def ratios(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -145,3 +146,25 @@ def test_the_bias_takes_up_the_mean_of_a_linear_layer() -> None:
     assert float(change.mean(0).abs().max()) < 1e-4 * float(change.square().mean().sqrt())
     measured = float(change.square().mean() / (layer(x) - layer.bias).square().mean())
     assert measured == pytest.approx(tdc.report(small).sites[0].error, rel=0.02)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.32, 0.38])
+def test_the_loss_of_a_plan_of_small_errors_is_measured_on_other_data(keep: float) -> None:
+    """Where the output looks away from what is lost first, the loss falls faster than the error: here as its square."""
+    generator = torch.Generator().manual_seed(5)
+    left, right = (torch.linalg.qr(torch.randn(32, 32, generator=generator)).Q for _ in range(2))
+    falling = 2.0 ** -torch.arange(32) + 1e-4
+    layer, head = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(left @ torch.diag(falling) @ right.T)
+        head.weight.copy_(torch.diag(falling) @ left.T)
+    model = nn.Sequential(layer, head).eval()
+    data, probe, other = torch.randn(3, 512, 32, generator=generator)
+    options: dict[str, Any] = {"probe": [probe], "exclude": "1.*", "allow": "svd", "allocation": "uniform"}
+    options |= {"calibration": [data], "metric": "input", "progress": False}
+    plan = tdc.plan(model, data[:1], budget=f"params={keep}", **options)
+    small = tdc.compress(model, data[:1], plan=plan, calibration=[data], progress=False)
+    with torch.no_grad():
+        dense = model(other)
+        measured = float((small(other) - dense).square().sum() / dense.square().sum())
+    assert plan.loss / 3 < measured < 3 * plan.loss

@@ -38,6 +38,21 @@ def test_the_optimum_in_the_metric_is_attained(
         )
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_what_the_symmetric_root_and_cholesky_give(shape: tuple[int, int]) -> None:
+    """The three published forms: without an inverse, ``(W S^1/2)_r S^-1/2`` and ``(W L)_r L^-1`` with ``S = L L^T``."""
+    weight, metric = random_weight(*shape), random_metric(shape[1])
+    assert metric.second_moment is not None
+    values, vectors = torch.linalg.eigh(metric.second_moment)
+    roots = ((vectors * values.sqrt()) @ vectors.T, torch.linalg.cholesky(metric.second_moment))
+    for rank in range(1, min(shape)):
+        found = fitted("svd", variants_of("svd", AXES)[0], weight, rank, metric)
+        for root in roots:
+            left, singular, right = torch.linalg.svd(weight @ root, full_matrices=False)
+            form = torch.linalg.solve(root, (left[:, :rank] * singular[:rank]) @ right[:rank], left=False)
+            assert float((found - form).norm() / form.norm()) < 1e-9
+
+
 @settings(max_examples=30)
 @given(rows=st.integers(2, 15), columns=st.integers(2, 15), seed=st.integers(0, 99))
 def test_the_tail_is_the_error_of_every_rank(rows: int, columns: int, seed: int) -> None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import tdc
+from tdc.decompositions import low_rank
 from tdc.frontends.lockstep import Meet, in_step
 from tdc.frontends.nn import NnProgram
 from tdc.frontends.program import Change
-from tdc.ir import Site
+from tdc.ir import Metric, Site
 from tdc.passes._anchor import _Pair
 from tdc.testing import random_cnn, random_mlp, random_site, random_weight
 
@@ -130,6 +131,29 @@ def test_a_row_of_twice_the_importance_counts_as_two(windows: bool) -> None:
     for name in ("drift", "own", "mean_x", "mean_z"):
         assert torch.allclose(getattr(pair, name), getattr(doubled, name), rtol=1e-5, atol=1e-6)
     assert pair.rows < doubled.rows
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_the_anchored_fit_is_the_optimum_of_the_shifted_problem(rank: int) -> None:
+    """``min ||W X - W_hat Z||`` over all weights of a rank: what Z cannot explain, and the tail of ``W X P_Z``; up to
+    the ridge of 1 % and the shrinkage.
+    """
+    generator = torch.Generator().manual_seed(3)
+    layer = nn.Linear(8, 6, bias=False)
+    x = torch.randn(4000, 8, generator=generator)
+    z = x + 0.3 * torch.tanh(x @ torch.randn(8, 8, generator=generator))
+    (place,) = NnProgram(nn.Sequential(layer), (x,)).sites()[0]
+    weight = layer.weight.detach().double()
+    target, metric = _Pair.of(place, [x, z]).target(weight, Metric("input", torch.eye(8, dtype=torch.float64)))
+    found = low_rank(target, metric).approximation(rank).reshape(weight.shape)
+    wanted, seen = weight @ x.double().T, z.double().T
+    explained = torch.linalg.lstsq(seen.T, wanted.T).solution.T @ seen
+    tail = torch.linalg.svdvals(explained)[rank:].square().sum()
+    best = float((wanted - explained).square().sum() + tail)
+    lost = float((wanted - found @ seen).square().sum())
+    assert best * (1 - 1e-9) <= lost <= best * 1.01
+    plain = low_rank(weight, Metric("input", x.double().T @ x.double())).approximation(rank).reshape(weight.shape)
+    assert lost < float((wanted - plain @ seen).square().sum())
 
 
 def test_batches_without_a_finite_row_in_the_cut_model_anchor_nothing() -> None:

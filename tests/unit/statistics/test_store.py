@@ -160,6 +160,9 @@ def test_between_two_probes_the_change_of_the_output_is_a_power_of_the_error(tmp
     losses = [e * falling.sensitivity_at(e) for e in (0.01, 0.02, 0.05, 0.1, 0.32, 0.9)]
     assert losses == sorted(losses)
     assert known.sites[0].sensitivity_at(0.7) == known.sites[0].sensitivity
-    changed = dataclasses.replace(known, sites=(entry, known.sites[1]))
+    three = dataclasses.replace(entry, sensitivity=0.02, probes=((1e-4, 0.02), (0.01, 0.2), (0.04, 0.4)))
+    found = [three.sensitivity_at(e) for e in (1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.04, 0.5)]
+    assert found == pytest.approx([0.02, 0.02, 0.02 * 10**0.5, 0.2, 0.2 * 2**0.5, 0.4, 0.4])
+    changed = dataclasses.replace(known, sites=(three, known.sites[1]))
     changed.save(tmp_path / "known")
     assert Statistics.load(tmp_path / "known").sites == changed.sites
