@@ -35,6 +35,10 @@ __all__ = ["Calibrate"]
 PROBE_ERRORS = (3e-5, 3e-4, 3e-3, SMALL_ERROR, 0.3)
 """Relative squared errors given to one site at a time."""
 PROBE_EXAMPLES = 8
+_MANY = 64
+"""Sites from which on not every one is probed at all errors."""
+_FULLY = 24
+"""How many are, then, about."""
 _FEW_ROWS = 20
 _OPTIMISM = 1.1
 """How much larger an error may be on the half of the data that a fit has not seen."""
@@ -55,7 +59,8 @@ class Calibrate(Pass):
     given ones, or the first eight examples of the first calibration batch. One error is not enough: the last direction
     of a classifier moves all logits together, which changes nothing, and the others everything; and what goes at the
     small errors of most layers of a good plan is what the output hardly looks at: there the sensitivity is up to a
-    hundred times lower than at 0.03 (results/planning.csv). Uniform weights are worse than no allocation.
+    hundred times lower than at 0.03 (results/planning.csv). Of more than 64 sites 24 are probed at all errors, and the
+    others at 0.03. Uniform weights are worse than no allocation.
     """
 
     name = "calibrate"
@@ -272,18 +277,19 @@ def _probed(
     unit: Unit, gathered: Statistics, probe: Sequence[Any], logits: str | None
 ) -> list[tuple[tuple[float, float], ...]]:
     """For each site (error, ``divergence / error``), with it alone replaced by its optimum of relative squared errors
-    near PROBE_ERRORS; () for one without any error.
+    near PROBE_ERRORS; () for one without any error. Of many sites most are probed at one error, see :func:`_completed`.
     """
     references = [unit.program.outputs(batch, {}) for batch in probe]
+    step = math.ceil(len(gathered.sites) / _FULLY) if len(gathered.sites) > _MANY else 1
     found = []
-    for entry in track(gathered.sites, "probing sites", show=unit.options.progress):
+    for k, entry in enumerate(track(gathered.sites, "probing sites", show=unit.options.progress)):
         site = entry.site
         weight = unit.program.weight(site)
         double = weight.double()
         metric = gathered.metric(entry, double, gathered.metric_name)
         best = optimum(double, metric, site.matrix[0])
         own = []
-        for rank in _probe_ranks(best.tail):
+        for rank in _probe_ranks(best.tail, PROBE_ERRORS if k % step == 0 else (SMALL_ERROR,)):
             moved = best.approximation(rank).reshape(weight.shape)
             change_of_site = Change(moved.to(weight.dtype), bias_shift(double - moved, metric))
             changes = [
@@ -295,13 +301,37 @@ def _probed(
                 raise CalibrationError(f"the model's outputs on the probe batches are not finite (probing {site.name})")
             own.append((error, float(f"{max(change, 0.0) / error:.6g}")))
         found.append(tuple(own))
-    return found
+    return found if step == 1 else _completed(gathered.sites, found, step)
 
 
-def _probe_ranks(tail: Tensor) -> list[int]:
-    """Ranks in falling order: of each of PROBE_ERRORS the first whose error is at most that, or the last one with any
+def _completed(
+    entries: Sequence[SiteStatistics], found: Sequence[tuple[tuple[float, float], ...]], step: int
+) -> list[tuple[tuple[float, float], ...]]:
+    """The probes of sites that were probed at one error, at the others too: the sensitivity is taken to change with the
+    error as it does in the median over every ``step``-th site, which was probed at all; of weights of the same sizes
+    where there are such.
+    """
+    curves: dict[object, list[list[float]]] = {}
+    for entry, own in list(zip(entries, found, strict=True))[::step]:
+        probed = replace(entry, probes=own, sensitivity=own[0][1] if own else 0.0)
+        if len(own) > 1 and probed.sensitivity_at(SMALL_ERROR) > 0:
+            curve = [probed.sensitivity_at(e) / probed.sensitivity_at(SMALL_ERROR) for e in PROBE_ERRORS]
+            for key in (entry.site.sizes, None):
+                curves.setdefault(key, []).append(curve)
+    usual = {key: [statistics.median(values) for values in zip(*own, strict=True)] for key, own in curves.items()}
+    completed = list(found)
+    for k, (entry, own) in enumerate(zip(entries, found, strict=True)):
+        curve = usual.get(entry.site.sizes, usual.get(None, []))
+        if k % step and own and curve:
+            pairs = zip(PROBE_ERRORS, curve, strict=True)
+            completed[k] = tuple((error, float(f"{own[0][1] * value:.6g}")) for error, value in pairs)
+    return completed
+
+
+def _probe_ranks(tail: Tensor, errors: Sequence[float]) -> list[int]:
+    """Ranks in falling order: of each of the errors the first whose error is at most that, or the last one with any
     error; none if there is none.
     """
     with_error = int((tail > 1e-12).sum())
-    ranks = [min(int((tail > error).sum()), with_error - 1) for error in PROBE_ERRORS] if with_error else []
+    ranks = [min(int((tail > error).sum()), with_error - 1) for error in errors] if with_error else []
     return sorted({rank for rank in ranks if float(tail[rank]) <= 1}, reverse=True)
