@@ -14,7 +14,7 @@ whose losses are of 512, and 1,500 in E11, whose statistics are of 512).
 `E2`: errors that plans predict and reports state against the change of one layer's output on other images: layers of
 all kinds with VGG11's weights on what its second convolution reads, for 1,024 training images and 512 development
 images; and VGG11's own layers, statistics of 2,048 images. `E9`: fewer and more calibration images, and sentences for
-MiniLM (of Python's documentation or WikiText-2: the first N of a random order, then 64 for the sensitivities and 256
+MiniLM (of Python's documentation or WikiText-2: the first N of a random order, then 32 for the sensitivities and 256
 to measure on at its end). `E11`: BatchNorm folded or not, biases corrected or not, statistics of the norms estimated
 anew.
 
