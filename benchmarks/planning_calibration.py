@@ -95,7 +95,7 @@ def sentences(budget: str = "params=0.6") -> None:
         order = torch.randperm(len(all_of), generator=torch.Generator().manual_seed(0)).tolist()
         parts[name] = [all_of[k] for k in order]
     held = {name: encoder.batches(own[-256:]) for name, own in parts.items()}
-    runs = [("documentation", count) for count in SENTENCES] + [("wikitext", 128), ("wikitext", 1024)]
+    runs = [(name, count) for count in SENTENCES for name in texts]
     for name, count in runs:
         calibration, probe = encoder.batches(parts[name][:count], 8), encoder.batches(parts[name][-288:-256])
         known = tdc.calibrate(model, calibration, probe=probe, exclude="pooler.dense", progress=False)
