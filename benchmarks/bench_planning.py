@@ -9,12 +9,12 @@ one size. `regret`: the planner's choice against the best of all 6^5 plans of a 
 scikit-learn's digits in a random order: 0 to 895 to train and calibrate on, 896 to 1023 for the sensitivities, the
 other 773 to measure on. VGG11, here and below: training images from 0 for the statistics (1,024 unless said), 20000
 to 20255 for the sensitivities, and the first development images to measure on (256 here, 512 in E2, 2,000 in E9,
-whose losses are of 512, and 2,500 in E11).
+whose losses are of 512, and 1,500 in E11, whose statistics are of 512).
 
 `E2`: errors that plans predict and reports state against the change of one layer's output on other images: layers of
 all kinds with VGG11's weights on what its second convolution reads, for 1,024 training images and 512 development
 images; and VGG11's own layers, statistics of 2,048 images. `E9`: fewer and more calibration images, and sentences for
-MiniLM (of Python's documentation or WikiText-2: the first N of a random order, then 64 for the sensitivities and 256
+MiniLM (of Python's documentation or WikiText-2: the first N of a random order, then 32 for the sensitivities and 256
 to measure on at its end). `E11`: BatchNorm folded or not, biases corrected or not, statistics of the norms estimated
 anew.
 
@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 from planning_calibration import images, sentences
 from planning_common import digits, vgg11
-from planning_errors import predicted_errors
+from planning_errors import own_layers, predicted_errors
 from planning_norms import norms
 from planning_orders import spearman_of
 from planning_regret import regret
@@ -47,7 +47,8 @@ EXPERIMENTS: dict[str, Callable[[Path | None], None]] = {
     "spearman": lambda cache: spearman_of(digits(), 0.5, cache),
     "spearman-vgg11": lambda cache: spearman_of(vgg11(), 0.2, cache, most=10, anchors=False),
     "regret": lambda cache: regret(digits(), cache),
-    "E2": predicted_errors,
+    "E2": lambda cache: predicted_errors(),
+    "E2-vgg11": own_layers,
     "E9-vgg11": images,
     "E9-minilm": lambda cache: sentences(),
     "E11": norms,

@@ -18,7 +18,7 @@ from tdc.statistics import divergence, logits_among
 
 __all__ = ["images", "sentences"]
 
-IMAGES, SENTENCES = (16, 64, 256, 1024, 2048), (16, 64, 256, 1024, 2048)
+IMAGES, SENTENCES = (16, 64, 256, 1024), (16, 128, 1024)
 
 
 @dataclass
@@ -95,9 +95,9 @@ def sentences(budget: str = "params=0.6") -> None:
         order = torch.randperm(len(all_of), generator=torch.Generator().manual_seed(0)).tolist()
         parts[name] = [all_of[k] for k in order]
     held = {name: encoder.batches(own[-256:]) for name, own in parts.items()}
-    runs = [("documentation", count) for count in SENTENCES] + [("wikitext", 64), ("wikitext", 1024)]
+    runs = [(name, count) for count in SENTENCES for name in texts]
     for name, count in runs:
-        calibration, probe = encoder.batches(parts[name][:count], 8), encoder.batches(parts[name][-320:-256])
+        calibration, probe = encoder.batches(parts[name][:count], 8), encoder.batches(parts[name][-288:-256])
         known = tdc.calibrate(model, calibration, probe=probe, exclude="pooler.dense", progress=False)
         small, plan = cut(model, calibration[0], known, budget, exclude="pooler.dense")
         row: dict[str, Any] = {"experiment": "E9", "net": "minilm", "case": f"{count} of {name}, {budget}"}

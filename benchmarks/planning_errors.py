@@ -16,15 +16,15 @@ import tdc
 from tdc import decompositions
 from tdc.frontends.nn import NnProgram
 
-__all__ = ["predicted_errors"]
+__all__ = ["own_layers", "predicted_errors"]
 
 FORMATS = [name for name in decompositions.names() if decompositions.get(name).by_default]
 KEEP = 0.4
 MARK = "0.95 to 1.1"
 
 
-def predicted_errors(cache: Path | None) -> None:
-    """Layers of all kinds with weights of VGG11's second convolution, on what it reads; then VGG11's own layers."""
+def predicted_errors() -> None:
+    """Layers of all kinds with weights of VGG11's second convolution, on what that reads."""
     model = load_vgg11()
     calibration, fresh = (features(model, cifar(part, count)[0]) for part, count in (("train", 1024), ("dev", 512)))
     for name, (make, shape) in LAYERS.items():
@@ -37,7 +37,6 @@ def predicted_errors(cache: Path | None) -> None:
         remarks = NnProgram(layer, example).sites()[1]
         reason = "; ".join(remark.reason for remark in remarks) or "no site"
         add_row({"experiment": "E2", "net": "one layer", "case": name, "note": f"not replaced: {reason}"})
-    own_layers(cache)
 
 
 @torch.no_grad()
@@ -140,6 +139,7 @@ def written(case: str, net: str, planned: float, stated: float, measured: float)
 
 
 def own_layers(cache: Path | None) -> None:
+    """VGG11's own layers, as plans for three budgets cut them."""
     case = vgg11(2048, 512)
     known = known_statistics(case, cache)
     for budget in ("params=0.5", "params=0.2", "params=0.1"):

@@ -43,7 +43,7 @@ def gain_of(norm: nn.Module) -> Tensor:
 
 
 def norms(cache: Path | None) -> None:
-    case = vgg11(1024, 2500)
+    case = vgg11(512, 1500)
     known = known_statistics(case, cache)
     report("dense", case, case.model)
     folded, changes = changes_of(case, known)
