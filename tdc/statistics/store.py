@@ -26,6 +26,8 @@ _VERSION = 3
 _DAMPING = 0.1
 _SILENT = 1e-6
 """Sensitivities below this fraction of that at a larger error are taken for it."""
+_LEAST = 1e-9
+"""Errors below this one count as it."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,17 @@ class SiteStatistics:
 
     def sensitivity_at(self, error: float) -> float:
         """The sensitivity at a relative squared error: the change of the output is taken for a power of the error
-        between two probes that follow each other, ``d = a e^p`` with p at least one half, and for linear below and
-        above all of them.
+        between two probes that follow each other, ``d = a e^p`` with p at least one half; below them with the p of the
+        first two, from one to two; and for linear above them.
         """
         highest = max((value for _, value in self.probes), default=0.0)
-        if len(self.probes) < 2 or error <= self.probes[0][0] or highest <= 0:
+        if len(self.probes) < 2 or highest <= 0:
             return self.sensitivity
         low, least = self.probes[0][0], max(self.probes[0][1], _SILENT * highest)
+        if error <= low:
+            high, most = self.probes[1]
+            power = math.log(max(most, least) / least) / math.log(high / low)
+            return least * (max(error, _LEAST) / low) ** min(power, 1.0)
         for high, value in self.probes[1:]:
             most = max(value, least * (low / high) ** 0.5)
             if error <= high:

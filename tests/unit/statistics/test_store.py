@@ -153,7 +153,10 @@ def test_a_saved_file_plans_like_the_statistics_themselves(tmp_path: Path) -> No
 def test_between_two_probes_the_change_of_the_output_is_a_power_of_the_error(tmp_path: Path) -> None:
     known = example()
     entry = dataclasses.replace(known.sites[0], sensitivity=0.5, probes=((0.02, 0.5), (0.32, 8.0)))
-    assert [entry.sensitivity_at(e) for e in (0.0, 0.01, 0.02)] == [0.5] * 3
+    assert [entry.sensitivity_at(e) for e in (0.01, 0.02)] == pytest.approx([0.25, 0.5])
+    assert entry.sensitivity_at(0.0) == entry.sensitivity_at(1e-9) > 0
+    steep = dataclasses.replace(entry, probes=((0.02, 0.5), (0.04, 4.0)))
+    assert steep.sensitivity_at(0.01) == pytest.approx(0.25)  # of the second order, at most
     assert entry.sensitivity_at(0.08) == pytest.approx(2.0)
     assert [entry.sensitivity_at(e) for e in (0.32, 1.0)] == pytest.approx([8.0, 8.0])
     falling = dataclasses.replace(entry, probes=((0.02, 0.5), (0.32, 1e-9)))
@@ -162,7 +165,7 @@ def test_between_two_probes_the_change_of_the_output_is_a_power_of_the_error(tmp
     assert known.sites[0].sensitivity_at(0.7) == known.sites[0].sensitivity
     three = dataclasses.replace(entry, sensitivity=0.02, probes=((1e-4, 0.02), (0.01, 0.2), (0.04, 0.4)))
     found = [three.sensitivity_at(e) for e in (1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.04, 0.5)]
-    assert found == pytest.approx([0.02, 0.02, 0.02 * 10**0.5, 0.2, 0.2 * 2**0.5, 0.4, 0.4])
+    assert found == pytest.approx([0.02 * 0.1**0.5, 0.02, 0.02 * 10**0.5, 0.2, 0.2 * 2**0.5, 0.4, 0.4])
     changed = dataclasses.replace(known, sites=(three, known.sites[1]))
     changed.save(tmp_path / "known")
     assert Statistics.load(tmp_path / "known").sites == changed.sites
