@@ -110,7 +110,7 @@ def _with_group_costs(bound: list[Candidate], unit: Unit, known: Mapping[int, Si
 def _bound(choice: Candidate, unit: Unit, entry: SiteStatistics | None) -> Candidate:
     site = choice.site
     work = Work.of(unit, site, entry)
-    full = dense_cost(site, work.rows, work.ratios)
+    full = replace(dense_cost(site, work.rows, work.ratios), seconds=choice.dense_cost.seconds)
     here = replace(choice, cost=full, dense_cost=full, folded=False)
     if choice.is_dense:
         return here
@@ -126,7 +126,8 @@ def _bound(choice: Candidate, unit: Unit, entry: SiteStatistics | None) -> Candi
         raise PlanError(f"{site.name} ({site.label}): {error}") from error
     if isinstance(block, Decline):
         raise PlanError(f"{site.name}: {block.reason}")
-    return replace(here, cost=block_cost(site, layout, block, work.rows, work.ratios))
+    cost = block_cost(site, layout, block, work.rows, work.ratios)
+    return replace(here, cost=replace(cost, seconds=choice.cost.seconds))
 
 
 def _misfit(wanted: Site, unit: Unit) -> str:

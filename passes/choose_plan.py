@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -80,6 +81,8 @@ def _chosen(
         budget = Budget.parse(unit.options.budget)
         if budget.least:
             raise BudgetError(f"the budget {budget} is met by measuring plans: it is one of tdc.plan and tdc.compress")
+        if budget.timed:
+            budget = _in_seconds(unit, budget, rows)
         if unit.options.allocation != "uniform":
             found = _with_groups(unit, budget)
             price = {key: float(f"{value:.6g}") for key, value in found.price.items()}
@@ -87,6 +90,24 @@ def _chosen(
     errors = [[Option(c.cost, c.error) for c in row] for row in rows]
     taken = allocate_uniform(errors, budget) if takes_budget(unit.options.allocation) else allocate_suggested(errors)
     return [row[k] for row, k in zip(rows, taken, strict=True)], {}, None
+
+
+def _in_seconds(unit: Unit, budget: Budget, rows: Sequence[Sequence[Candidate]]) -> Budget:
+    """The limit of time as one of the candidate sites: what is not of them stays as it is. Raises BudgetError with the
+    nearest budget that can be reached.
+    """
+    assert unit.timing is not None
+    seconds, part = unit.timing
+    dense = sum(row[-1].cost.seconds for row in rows)
+    least = sum(min(c.cost.seconds for c in row) for row in rows) / dense if dense else 1.0
+    share = (budget.time(seconds) - (1 - part)) / part if part else 1.0
+    if share < least:
+        near = 1 - part + part * least
+        raise BudgetError(
+            f"the budget {budget} cannot be reached: a run takes {1e3 * seconds:.3g} ms, {part:.0%} of that in layers "
+            f"that can be replaced; the nearest one is latency={math.ceil(1e4 * near) / 1e4:g}"
+        )
+    return budget.with_limit("seconds", min(1.0, share))
 
 
 @dataclass(frozen=True)

@@ -67,4 +67,5 @@ def _folded(unit: Unit, choice: Candidate, variant: str, entry: SiteStatistics |
     if isinstance(block, Decline):
         return choice
     work = Work.of(unit, choice.site, entry)
-    return replace(new, cost=block_cost(choice.site, layout, block, work.rows, work.ratios))
+    cost = block_cost(choice.site, layout, block, work.rows, work.ratios)
+    return replace(new, cost=replace(cost, seconds=choice.cost.seconds))

@@ -23,10 +23,18 @@ from .lower_blocks import LowerBlocks
 from .propose_joint import ProposeJoint
 from .propose_layouts import ProposeLayouts
 from .rewrite_graph import RewriteGraph
+from .time_layouts import TimeLayouts
 
 __all__ = ["APPLYING", "CHOOSING", "COMPRESSING", "LOWERING", "PLANNING", "PROPOSING", "REALIZING", "Pipeline"]
 
-PROPOSING: tuple[Pass, ...] = (FindSites(), GroupSites(), Calibrate(), ProposeLayouts(), ProposeJoint())
+PROPOSING: tuple[Pass, ...] = (
+    FindSites(),
+    GroupSites(),
+    Calibrate(),
+    ProposeLayouts(),
+    ProposeJoint(),
+    TimeLayouts(),
+)
 CHOOSING: tuple[Pass, ...] = (ChoosePlan(), FoldPermutations())
 PLANNING = PROPOSING + CHOOSING
 LOWERING: tuple[Pass, ...] = (LowerBlocks(), RewriteGraph())

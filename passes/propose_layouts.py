@@ -14,7 +14,7 @@ from tdc import decompositions
 from tdc.ir import DENSE, Block, Candidate, Cost, Decline, Layout, Metric, Remark, Site
 from tdc.ir.block import without_gather
 from tdc.options import takes_budget
-from tdc.planning.budget import QUANTITIES
+from tdc.planning.budget import QUANTITIES, Budget
 from tdc.planning.cost import block_cost, dense_cost
 from tdc.planning.path import contraction_paths
 from tdc.planning.unfold import Suggested
@@ -33,6 +33,7 @@ __all__ = [
     "metric_name",
     "metric_of",
     "site_statistics",
+    "useful",
 ]
 
 SMALL_ERROR = 0.03
@@ -188,7 +189,8 @@ def _candidates(
         options = [replace(c, sensitivity=float(f"{entry.sensitivity_at(c.error):.6g}")) for c in options]
     options.sort(key=lambda c: (c.cost.params, c.error, c.decomposition, c.variant))
     told = bool(unit.options.allow) or (suggested is not None and not options)
-    return (*_useful(options), dense), declined if told else []
+    timed = unit.options.budget is not None and Budget.parse(unit.options.budget).timed
+    return (*(options if timed else useful(options)), dense), declined if told else []
 
 
 def _lattice(
@@ -268,16 +270,18 @@ def _over(cost: Cost, full: Cost, execution: str) -> str | None:
     return None
 
 
-def _useful(options: list[Candidate]) -> list[Candidate]:
-    """Without those that another one beats in error, and in every quantity, or equals in all (the first one stays)."""
+def useful(options: Sequence[Candidate], more: Sequence[str] = ()) -> list[Candidate]:
+    """Without those that another one beats in error, and in every quantity (and ``more`` of them), or equals in all
+    (the first one stays). In rising order of parameters.
+    """
     kept: list[Candidate] = []
     for option in options:
-        if not any(_beats(other, option) for other in kept):
+        if not any(_beats(other, option, (*QUANTITIES, *more)) for other in kept):
             kept.append(option)
     return kept
 
 
-def _beats(other: Candidate, option: Candidate) -> bool:
+def _beats(other: Candidate, option: Candidate, quantities: Sequence[str]) -> bool:
     return other.error <= option.error and all(
-        getattr(other.cost, quantity) <= getattr(option.cost, quantity) for quantity in QUANTITIES
+        getattr(other.cost, quantity) <= getattr(option.cost, quantity) for quantity in quantities
     )

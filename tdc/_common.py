@@ -12,7 +12,7 @@ from torch import nn
 
 from . import decompositions, targets
 from ._search import Goal, evaluated, searched
-from .errors import CalibrationError, OptionError
+from .errors import BudgetError, CalibrationError, OptionError
 from .ir import Cost, Plan
 from .options import Options, named_allocation, takes_budget
 from .passes.base import Pass, Unit
@@ -30,6 +30,7 @@ __all__ = [
     "checked_options",
     "goal_of",
     "is_searched",
+    "is_timed",
     "new_unit",
     "peeked",
     "realized",
@@ -47,8 +48,8 @@ def checked_options(
     for name in allowed:
         if name != "all":
             decompositions.get(name)
-    if budget is not None:
-        Budget.parse(budget)
+    if budget is not None and Budget.parse(budget).timed and allocation == "uniform":
+        raise BudgetError(f"the budget {Budget.parse(budget)} names time: it is spent by the allocation lagrangian")
     return Options(budget, metric, target, allowed, excluded, named_allocation(allocation), seed, progress)
 
 
@@ -92,7 +93,14 @@ def new_unit(
     known = Statistics.load(statistics) if isinstance(statistics, (str, Path)) else statistics
     if known is not None and not isinstance(known, Statistics):
         raise OptionError(f"statistics= takes what tdc.calibrate returns, or a path; got {type(known).__name__}")
+    if is_timed(options) and isinstance(reason := program.stopwatch(()), str):
+        raise BudgetError(f"the budget {Budget.parse(options.budget)} names time: {reason}")
     return Unit(program, targets.get(options.target), options, calibration, probe, known)
+
+
+def is_timed(options: Options) -> bool:
+    """Whether the budget names time."""
+    return options.budget is not None and Budget.parse(options.budget).timed
 
 
 def realized(

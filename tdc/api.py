@@ -15,6 +15,7 @@ from ._common import (
     checked_options,
     goal_of,
     is_searched,
+    is_timed,
     new_unit,
     peeked,
     realized,
@@ -22,10 +23,10 @@ from ._common import (
 )
 from ._graphs import compress_export, compress_onnx
 from ._search import searched
-from .archive import RECORD, load, note_in_config, save, stored_report
+from .archive import RECORD, load, note_in_config, noted, save, stored_report
 from .errors import BudgetError, ModelError, OptionError
 from .front import Front, front_of
-from .frontends.nn import Factored, NnProgram
+from .frontends.nn import Factored, NnProgram, times
 from .heal import Heal, heal, healed
 from .ir import Cost, Plan
 from .options import Options, takes_budget
@@ -175,6 +176,8 @@ def pareto(
         raise BudgetError("budgets is empty: name at least one, for example 'params=0.5'")
     example, calibration = peeked(example_inputs, calibration)
     each = [checked_options(b, metric, target, allow, exclude, allocation, seed, progress) for b in wanted]
+    if len({is_timed(options) for options in each}) > 1:
+        raise BudgetError("budgets that name time and others do not go together: their candidates are not the same")
     unit = Pipeline(PROPOSING).run(new_unit(_open(model, example), each[0], calibration, statistics, probe))
     return front_of(unit, each)
 
@@ -207,28 +210,29 @@ def compress(
         example_inputs: one batch, a tuple or a dict of keywords, to trace the model; default the first batch.
         budget: what may stay, as fractions of the dense cost of the candidate sites: ``"params=0.5"``, or several,
             ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs. Or ``"loss=0.01"``: as few
-            parameters (``"loss=0.01,macs=min"``: multiply-adds) as move the outputs by that, in nats of logits or their
-            relative square, on the probe batches, else the calibration batches.
+            parameters (``macs=min``: multiply-adds) as move the outputs by that, in nats of logits or their relative
+            square, on the probe batches, else the calibration batches. ``"latency=0.7"`` (of the dense time) or
+            ``"latency_ms=12"``: what a run of the model on the example may take, as measured on this machine.
         calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
         metric: norm of the error: ``weight`` (Frobenius, no data), ``input`` (mean squared error of the layer's output
             on the data), ``fisher`` (weighted by the gradients of the model's loss in it), ``auto``: the best possible.
         target, plan: the machine, see ``tdc list targets``; a Plan, or the path of one, to apply instead of a budget.
-        allow: names of the decompositions to choose from, or ``all``; default as ``tdc list decompositions`` says.
+        allow: names of the decompositions to choose from, or ``all``; see ``tdc list decompositions``.
         exclude, probe: sites or modules (names, shell patterns) that stay dense; batches, see :func:`calibrate`.
         allocation: ``lagrangian`` (one budget over all) or ``uniform`` (each site keeps the same fraction); or, without
             a budget, ``evbmf`` (a weight's singular values above its noise) or ``energy=0.95`` (of its squared norm).
         heal: train the factors on the calibration data, without labels: True, or a :class:`Heal`; see :func:`heal`.
         evaluate, metric_drop: a function of a model, higher is better, and how much of that may be lost, as a budget.
         seed: recorded in the plan; same input, options and seed give the same factors.
-        progress, inplace: show a bar on work over two seconds; replace modules in ``model`` itself, all or none.
+        progress, inplace: show a bar on long work; replace modules in ``model`` itself, all or none.
 
     Returns:
         The new model; :func:`report` tells what was done. Its factors are parameters ``weight_<factor>``.
 
     Raises:
         BudgetError: a budget that cannot be read or reached (the message gives the nearest reachable one).
-        CalibrationError, PlanError: data, statistics or a plan that cannot be read or do not fit the model.
-        ModelError, OptionError: not a module, or no site in it; unknown names or values.
+        CalibrationError, ModelError, OptionError, PlanError: data, a model (no module, no site in it), names or values,
+            a plan that cannot be read or do not fit.
     """
     _check_module(model, heal, calibration, inplace, evaluate)
     example, calibration = peeked(example_inputs, calibration)
@@ -237,17 +241,24 @@ def compress(
     program = _open(model, example, inplace=inplace)
     before = program.cost()
     unit = realized(new_unit(program, options, calibration, statistics, probe), plan, goal=goal)
-    wanted = heal if isinstance(heal, Heal) else Heal(seed=seed) if heal else None
-    return _finished(unit, model, before, example, wanted)
+    return _finished(unit, model, before, example, heal)
 
 
-def _finished(unit: Unit, model: nn.Module, before: Cost, example: Any, heal: Heal | None) -> Any:
+def _finished(unit: Unit, model: nn.Module, before: Cost, example: Any, heal: bool | Heal) -> Any:
     """The new module, with its report and plan in it, healed where that is wanted."""
     small = unit.result
     assert unit.plan is not None
     small.__dict__[RECORD] = (reported(unit, before, NnProgram(small, example).cost()), unit.plan)
-    if heal is not None:
-        healed(small, model, unit.anchors, heal, progress=unit.options.progress)
+    if heal:
+        how = heal if isinstance(heal, Heal) else Heal(seed=unit.options.seed)
+        healed(small, model, unit.anchors, how, progress=unit.options.progress)
+    if is_timed(unit.options) and small is not model:
+        old, new = times(model, small, example)
+        noted(
+            small,
+            "time-layouts",
+            f"the example takes {new / old:.3g} of the dense time: {1e3 * old:.3g} -> {1e3 * new:.3g} ms",
+        )
     note_in_config(small, small.__dict__[RECORD])
     return small
 

@@ -17,7 +17,7 @@ from .errors import ModelError, PlanError
 from .files import atomic_write, checked_destination
 from .frontends.nn import Factored
 from .frontends.nn.restore import Saved, restore
-from .ir import Decline, Plan
+from .ir import Decline, Plan, Remark
 from .passes.propose_layouts import lowered
 from .report import Report
 
@@ -149,6 +149,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _texts(values: Iterable[object]) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def noted(small: nn.Module, stage: str, reason: str) -> None:
+    """One more remark in the report of a compressed module, if it has one."""
+    record = small.__dict__.get(RECORD)
+    if record is not None:
+        made, plan = record
+        small.__dict__[RECORD] = (replace(made, remarks=(*made.remarks, Remark("", stage, reason))), plan)
 
 
 def note_in_config(small: nn.Module, record: tuple[Report, Plan] | None) -> None:

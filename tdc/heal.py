@@ -6,14 +6,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .archive import RECORD
+from .archive import noted
 from .errors import CalibrationError, ModelError, OptionError
 from .files import atomic_write, checked_destination
 from .frontends.graph import floating_outputs
@@ -21,7 +21,6 @@ from .frontends.nn import Factored
 from .frontends.nn.batches import Call, as_calls
 from .frontends.nn.running import evaluation
 from .frontends.program import head, is_usable
-from .ir import Remark
 from .progress import counted
 from .statistics import divergence_of, logits_among
 
@@ -105,15 +104,10 @@ def healed(small: nn.Module, model: nn.Module, calls: Sequence[Call], config: He
     with evaluation(model), evaluation(small), work.trained():
         before, after, epochs = work.run(progress)
     kept = f"{before:.4g} -> {after:.4g}" if after < before else f"{before:.4g}, and none of the epochs was better"
-    _note(small, f"divergence of the outputs on {apart} of {len(steps)} held-out steps: {kept}; {epochs} epochs")
+    noted(
+        small, "heal", f"divergence of the outputs on {apart} of {len(steps)} held-out steps: {kept}; {epochs} epochs"
+    )
     return small
-
-
-def _note(small: nn.Module, reason: str) -> None:
-    record = small.__dict__.get(RECORD)
-    if record is not None:
-        made, plan = record
-        small.__dict__[RECORD] = (replace(made, remarks=(*made.remarks, Remark("", "heal", reason))), plan)
 
 
 def _parts(call: Call, examples: int) -> Iterator[Call]:

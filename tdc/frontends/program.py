@@ -12,7 +12,18 @@ from torch import Tensor
 
 from ..ir import Block, Cost, Remark, Site
 
-__all__ = ["Change", "Program", "Replacement", "Tap", "head", "is_usable", "passed_over_weight", "size_of", "sketch"]
+__all__ = [
+    "Change",
+    "Program",
+    "Replacement",
+    "Stopwatch",
+    "Tap",
+    "head",
+    "is_usable",
+    "passed_over_weight",
+    "size_of",
+    "sketch",
+]
 
 Tap = Callable[[Site, Tensor], None]
 """Called with a site and the activation that enters it: any leading axes and the site's input axis last; for
@@ -48,6 +59,19 @@ class Change:
 
     weight: Tensor
     shift: Tensor | None = None
+
+
+class Stopwatch(Protocol):
+    """Times of one run of a model, in seconds."""
+
+    def model(self) -> tuple[float, float]:
+        """Of the whole model, and what part of that is spent in the sites."""
+
+    def key(self, site: Site) -> object:
+        """Equal for sites that take the same time."""
+
+    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
+        """All uses of a site together, as it is and with each of the blocks in place of it."""
 
 
 class Program(Protocol):
@@ -109,6 +133,9 @@ class Program(Protocol):
         """Of the whole model: parameters, bytes, and multiply-adds and peak of the activations of one run on the
         batch, by default the example (0 if not counted).
         """
+
+    def stopwatch(self, sites: Iterable[Site]) -> Stopwatch | str:
+        """What times the model and these sites on the example, as it runs on this machine; or why it cannot be had."""
 
     def declines(self, site: Site, block: Block) -> str | None:
         """Why this door cannot write a block in place of the site; None if it can."""

@@ -32,17 +32,24 @@ _ROW = frozenset(
 @dataclass(frozen=True, slots=True)
 class Cost:
     """``params`` real numbers stored, ``bytes`` stored (indices included), ``macs`` multiply-adds per example, ``peak``
-    bytes of activations that live at the same time (of several sites the most of any, since they run in turn).
+    bytes of activations that live at the same time (of several sites the most of any, since they run in turn),
+    ``seconds`` that a run takes, where it was measured, else 0.
     """
 
     params: int
     bytes: int
     macs: float
     peak: int = 0
+    seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        peak = max(self.peak, other.peak)
-        return Cost(self.params + other.params, self.bytes + other.bytes, self.macs + other.macs, peak)
+        return Cost(
+            self.params + other.params,
+            self.bytes + other.bytes,
+            self.macs + other.macs,
+            max(self.peak, other.peak),
+            self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -243,7 +250,8 @@ def _remark_out(remark: Remark) -> dict[str, str]:
 
 
 def _cost_out(cost: Cost) -> dict[str, float]:
-    return {"params": cost.params, "bytes": cost.bytes, "macs": cost.macs, "peak": cost.peak}
+    timed = {"seconds": cost.seconds} if cost.seconds else {}
+    return {"params": cost.params, "bytes": cost.bytes, "macs": cost.macs, "peak": cost.peak, **timed}
 
 
 def _candidate_out(candidate: Candidate) -> dict[str, Any]:
@@ -308,7 +316,8 @@ def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
 def _cost_in(row: Mapping[str, Any] | None) -> Cost:
     if not row:
         return Cost(0, 0, 0)
-    return Cost(_whole(row["params"]), _whole(row["bytes"]), _finite(row["macs"]), _whole(row.get("peak", 0)))
+    counts = _whole(row["params"]), _whole(row["bytes"]), _finite(row["macs"]), _whole(row.get("peak", 0))
+    return Cost(*counts, _finite(row.get("seconds", 0.0)))
 
 
 def _whole(value: object) -> int:

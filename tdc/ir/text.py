@@ -67,6 +67,9 @@ def plan_table(plan: Plan) -> str:
         old, new = getattr(before, quantity), getattr(after, quantity)
         share = new / old if old else 1.0
         lines.append(f"  {quantity:<7}{format_count(old):>9} -> {format_count(new):>9}   keep {share:.4f}")
+    if before.seconds:
+        old, new = (f"{1e3 * cost.seconds:.3g} ms" for cost in (before, after))
+        lines.append(f"  time   {old:>9} -> {new:>9}   keep {after.seconds / before.seconds:.4f}  (measured layers)")
     lines.append(f"  predicted loss {plan.loss:.4g}" + (f", at least {plan.bound:.4g}" if plan.bound else ""))
     lines.extend(str(remark) for remark in plan.remarks)
     return "\n".join(lines)

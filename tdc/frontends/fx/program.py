@@ -266,6 +266,9 @@ class FxProgram:
 
     # ---- cutting
 
+    def stopwatch(self, sites: Iterable[Site]) -> str:
+        return "times of captured graphs are not measured"
+
     def declines(self, site: Site, block: Block) -> str | None:
         return None
 
@@ -292,11 +295,10 @@ class FxProgram:
             if new.output_order is not None:
                 bias = self._folded(order)[1] if bias is None else bias
                 bias = None if bias is None else bias[new.output_order.to(bias.device)]
-            factors = {name: _stored(factor, weight.tensor) for name, factor in new.factors.items()}
             reader = reader_of(weight) if new.output_order is not None else None
             behind = next((w for w in self._by_order.values() if reader is not None and w.uses[0].node is reader), None)
             cut = Cut(
-                replace(new, factors=factors),
+                replace(new, factors={name: _stored(factor, weight.tensor) for name, factor in new.factors.items()}),
                 bias,
                 self.names(weight)[0],
                 "" if new.lead is None else self.names(self._by_order[new.lead])[0],

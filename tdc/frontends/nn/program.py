@@ -24,6 +24,7 @@ from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
 from .running import evaluation, holding, hooks, pre_hooks, standing_in, untrained
 from .sharing import Sharing
+from .timing import Stopwatch, seconds_of
 from .weights import (
     Weight,
     called_place,
@@ -35,7 +36,7 @@ from .weights import (
     stored_weights,
 )
 
-__all__ = ["NnProgram"]
+__all__ = ["NnProgram", "times"]
 
 
 class NnProgram:
@@ -273,6 +274,13 @@ class NnProgram:
         except Exception as error:
             raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
 
+    def stopwatch(self, sites: Iterable[Site]) -> Stopwatch:
+        met: dict[int, list[Tensor]] = {}
+        self.observe(self._example, sites, lambda site, x: met.setdefault(site.order, []).append(torch.randn_like(x)))
+        modules = {order: next(iter(self._by_order[order].modules.values())) for order in met}
+        layers = {order: (modules[order], own) for order, own in met.items()}
+        return Stopwatch(lambda: self._run(self._example), lambda: evaluation(self.model), layers)
+
     # ---- cutting
 
     def declines(self, site: Site, block: Block) -> str | None:
@@ -320,6 +328,14 @@ class NnProgram:
                     made[id(module)].reorder_bias(new.output_order)
             swaps.append((path, made[id(module)]))
         return swaps
+
+
+def times(model: nn.Module, small: nn.Module, example: Any) -> tuple[float, float]:
+    """Seconds of a run of two models of one class on an example, measured in turn."""
+    args, kwargs = as_call(model, example)
+    with evaluation(model), evaluation(small):
+        old, new = seconds_of([[lambda: model(*args, **kwargs)], [lambda: small(*args, **kwargs)]])
+    return old, new
 
 
 def _stored(factor: Tensor, like: Tensor) -> Tensor:

@@ -162,6 +162,9 @@ class OnnxProgram:
                 yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
             yield from (tensor for node in graph if (tensor := constant_tensor(node)) is not None)
 
+    def stopwatch(self, sites: Iterable[Site]) -> str:
+        return "times of ONNX files are not measured"
+
     def declines(self, site: Site, block: Block) -> str | None:
         kinds = {op.kind for op in block.ops}
         if not kinds & {"contract", "weight"}:

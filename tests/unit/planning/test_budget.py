@@ -38,7 +38,7 @@ def test_an_allowance_is_a_fraction_of_the_dense_cost() -> None:
         ("0.5", "cannot read '0.5'"),
         ("params", "cannot read 'params'"),
         ("param=0.5", "unknown quantity 'param' in the budget; did you mean 'params'"),
-        ("latency=0.5", "unknown quantity 'latency'"),
+        ("speed=0.5", "unknown quantity 'speed'"),
         ("params=half", "params='half' in the budget is not a number"),
         ("params=", "is not a number"),
         ("params=0", "above 0 and at most 1"),

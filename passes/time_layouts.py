@@ -1,0 +1,103 @@
+"""time-layouts: how long candidates take on this machine, where the budget names time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tdc.frontends.program import Stopwatch
+from tdc.ir import Block, Candidate, Remark
+from tdc.planning.budget import Budget
+from tdc.progress import track
+
+from .base import Pass, Unit
+from .propose_layouts import lowered, useful
+
+__all__ = ["TimeLayouts"]
+
+_POINTS = 5
+"""Candidates of one format that are measured at a site; times of the others are between them."""
+_GAIN = 0.98
+"""A candidate must take less than this fraction of the dense time."""
+
+
+@dataclass(frozen=True)
+class TimeLayouts(Pass):
+    """Measures the dense layers and, of every format, five candidates, on activations as the example gives them and
+    with weights that are not in the caches; the times of the others are taken for piecewise linear in the
+    multiply-adds. Candidates that take longer than the dense layer are left out. Sites that are alike are measured
+    once. Joint groups are not proposed under such a budget.
+    """
+
+    name = "time-layouts"
+
+    def run(self, unit: Unit) -> Unit:
+        if unit.options.budget is None or not Budget.parse(unit.options.budget).timed:
+            return unit
+        watch = unit.program.stopwatch(unit.sites)
+        assert not isinstance(watch, str)  # such a unit was refused
+        known: dict[object, dict[str, _Curve]] = {}
+        timed, remarks = {}, []
+        for site in track(unit.sites, "timing layouts", show=unit.options.progress):
+            options, key = unit.candidates[site.order], watch.key(site)
+            if key not in known:
+                known[key] = _curves(unit, watch, options)
+            dense = known[key][_format(options[-1])].seconds[0]
+            found = [_timed(c, known[key], dense) for c in options]
+            whole = found[-1]
+            faster = [c for c in found[:-1] if c.cost.seconds < _GAIN * whole.cost.seconds]
+            timed[site.order] = (*useful(faster, ("seconds",)), whole)
+            if len(options) > 1 and not faster:
+                best = min(found[:-1], key=lambda c: c.cost.seconds)
+                share = best.cost.seconds / whole.cost.seconds
+                reason = f"stays dense: the fastest layout, {_words(best)}, takes {share:.2f} of the dense time"
+                remarks.append(Remark(site.name, self.name, reason))
+        return unit.having(candidates=timed, joint={}, timing=watch.model()).remarking(*remarks)
+
+
+def _words(candidate: Candidate) -> str:
+    ranks = " ".join(f"{axis}={rank}" for axis, rank in candidate.ranks)
+    return f"{candidate.decomposition}{'/' * bool(candidate.variant)}{candidate.variant} at {ranks}"
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Multiply-adds, in rising order, and seconds."""
+
+    macs: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, macs: float) -> float:
+        return float(np.interp(macs, self.macs, self.seconds))
+
+
+def _format(candidate: Candidate) -> str:
+    return f"{candidate.decomposition}/{candidate.variant}/{candidate.execution}"
+
+
+def _curves(unit: Unit, watch: Stopwatch, options: Sequence[Candidate]) -> dict[str, _Curve]:
+    """The curve of each format of one site; of the dense layer one point."""
+    chosen: list[tuple[Candidate, Block]] = []
+    formats: dict[str, list[Candidate]] = {}
+    for candidate in options[:-1]:
+        formats.setdefault(_format(candidate), []).append(candidate)
+    for own in formats.values():
+        own.sort(key=lambda c: c.cost.macs)
+        places = sorted({round(p) for p in np.linspace(0, len(own) - 1, min(_POINTS, len(own)))})
+        for place in places:
+            block = lowered(unit.target, own[place])[1]
+            assert isinstance(block, Block)
+            chosen.append((own[place], block))
+    seconds = watch.site(options[-1].site, [block for _, block in chosen])
+    points: dict[str, list[tuple[float, float]]] = {_format(options[-1]): [(options[-1].cost.macs, seconds[0])]}
+    for (candidate, _), time in zip(chosen, seconds[1:], strict=True):
+        points.setdefault(_format(candidate), []).append((candidate.cost.macs, time))
+    return {name: _Curve(*zip(*sorted(own), strict=True)) for name, own in points.items()}
+
+
+def _timed(candidate: Candidate, curves: dict[str, _Curve], dense: float) -> Candidate:
+    seconds = curves[_format(candidate)].at(candidate.cost.macs)
+    new = replace(candidate.cost, seconds=float(f"{seconds:.4g}"))
+    return replace(candidate, cost=new, dense_cost=replace(candidate.dense_cost, seconds=float(f"{dense:.4g}")))

@@ -1,0 +1,154 @@
+"""How long the layers of a module take on this machine, as they are and as blocks."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...ir import Block, Site
+from .factored import factored
+
+__all__ = ["Stopwatch", "seconds_of"]
+
+_COLD = 64 << 20
+"""Bytes of weights that copies of a layer take together, so that the caches do not hold them from call to call."""
+_MOST_COPIES = 12
+_BUDGET = 0.1
+"""Seconds spent on a contestant."""
+_LAPS = (15, 60)
+_RUNS = 9
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Times a model, and single layers on activations of the shapes that they meet in it.
+
+    ``whole`` runs the model, inside ``context``. ``layers``: ``site.order`` -> the module, and one activation for each
+    of its uses in a run.
+    """
+
+    whole: Run
+    context: Callable[[], AbstractContextManager[None]]
+    layers: Mapping[int, tuple[nn.Module, Sequence[Tensor]]]
+
+    def model(self) -> tuple[float, float]:
+        """Seconds of a run of the whole model, the fastest, and what part of a run is spent in the layers: both are
+        timed in the same runs, so that other work on the machine changes it little.
+        """
+        inside, shares, taken, since = 0.0, list[float](), list[float](), 0.0
+
+        def enter(module: nn.Module, args: object) -> None:
+            nonlocal since
+            since = time.perf_counter()
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            nonlocal inside
+            inside += time.perf_counter() - since
+
+        modules = {module for module, _ in self.layers.values()}
+        handles = [m.register_forward_pre_hook(enter) for m in modules]
+        handles += [m.register_forward_hook(leave) for m in modules]
+        try:
+            with self.context():
+                for lap in range(_RUNS + 1):
+                    inside = 0.0
+                    whole = _once(self.whole)
+                    if lap:
+                        taken.append(whole)
+                        shares.append(inside / whole)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return min(taken), statistics.median(shares)
+
+    def key(self, site: Site) -> object:
+        """Equal for sites that take the same time."""
+        shapes = tuple((tuple(x.shape), x.stride(), x.dtype) for x in self.layers[site.order][1])
+        return (site.kind, site.sizes, site.attributes, site.dtype, site.layout, site.bias, shapes)
+
+    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
+        """Seconds that a site takes in a run, as it is and in place of it with each of the blocks."""
+        module, activations = self.layers[site.order]
+        copies = [_dense(module), *(_replaced(module, block) for block in blocks)]
+        runs = [[_run(layer, activations) for layer in layers] for layers in copies]
+        return seconds_of(runs)
+
+
+def _run(layer: nn.Module, activations: Sequence[Tensor]) -> Run:
+    def run() -> None:
+        for activation in activations:
+            layer(activation)
+
+    return run
+
+
+def seconds_of(contestants: Sequence[Sequence[Run]]) -> list[float]:
+    """Seconds of the fastest call of each contestant, called in turn; each has copies, one after the other."""
+    taken: list[list[float]] = [[] for _ in contestants]
+    with torch.inference_mode():
+        for copies in contestants:
+            for run in copies[:2]:
+                run()
+        first = [_once(copies[-1]) for copies in contestants]
+        laps = min(max(math.ceil(_BUDGET / max(statistics.median(first), 1e-7)), _LAPS[0]), _LAPS[1])
+        for lap in range(laps):
+            for own, copies in zip(taken, contestants, strict=True):
+                own.append(_once(copies[lap % len(copies)]))
+    return [min(own) for own in taken]
+
+
+def _once(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _dense(module: nn.Module) -> list[nn.Module]:
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
+    count = _copies(weight.numel() * weight.element_size())
+    return [_bare(module, torch.randn_like(weight), bias) for _ in range(count)]
+
+
+def _bare(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The module with another weight and none of its hooks."""
+    made = copy.copy(module)
+    made._parameters = dict(module._parameters)
+    made._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
+    made._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        made.__dict__[name] = {}
+    return made.eval()
+
+
+def _replaced(module: nn.Module, block: Block) -> list[nn.Module]:
+    like = module._parameters["weight"]
+    assert like is not None
+    bare = _bare(module, like, module._parameters.get("bias"))
+    numbers = sum(math.prod(shape) for _, shape in block.factors)
+    return [_with_block(bare, block, like) for _ in range(_copies(numbers * like.element_size()))]
+
+
+def _with_block(bare: nn.Module, block: Block, like: Tensor) -> nn.Module:
+    read = {op.inputs[1]: op for op in block.ops if op.kind == "take"}
+    factors = {
+        name: torch.randperm(shape[0]).to(like.device, torch.int32)
+        if name in read
+        else torch.randn(shape, dtype=like.dtype, device=like.device)
+        for name, shape in block.factors
+    }
+    return factored(bare, block, factors, "", bare._parameters.get("bias")).eval()
+
+
+def _copies(size: int) -> int:
+    return max(1, min(_MOST_COPIES, math.ceil(_COLD / max(size, 1))))

@@ -1,0 +1,185 @@
+"""Budgets that name time: layers and layouts are timed, and what is slower than the dense layer is no candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tdc
+from tdc.errors import BudgetError
+from tdc.frontends.nn import NnProgram
+from tdc.frontends.nn.timing import Stopwatch
+from tdc.ir import Block, Site
+from tdc.planning.budget import Budget
+
+DATA = [torch.randn(64, 48, generator=torch.Generator().manual_seed(k)) for k in range(6)]
+RATE = 1e-9
+OUTSIDE = 0.2
+"""What part of a run is not in the sites."""
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 96), nn.GELU(), nn.Linear(96, 40)).eval()
+
+
+class Fake:
+    """A machine on which a gather costs as much as ``gather`` multiply-adds an entry, and everything else its
+    multiply-adds.
+    """
+
+    def __init__(self, sites: Sequence[Site], gather: float = 0.0, slow: str = "") -> None:
+        self.sites, self.gather, self.slow, self.asked = list(sites), gather, slow, 0
+
+    def model(self) -> tuple[float, float]:
+        return RATE * sum(site.params for site in self.sites) / (1 - OUTSIDE), 1 - OUTSIDE
+
+    def key(self, site: Site) -> object:
+        return site.sizes
+
+    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
+        self.asked += 1
+        factor = 10.0 if self.slow and self.slow in site.names else 1.0
+        return [RATE * site.params, *(RATE * factor * self._work(block) for block in blocks)]
+
+    def _work(self, block: Block) -> float:
+        takes = sum(op.stop - op.start for op in block.ops if op.kind == "take")
+        return block.macs + self.gather * takes
+
+
+def on(monkeypatch: pytest.MonkeyPatch, **machine: Any) -> None:
+    monkeypatch.setattr(NnProgram, "stopwatch", lambda self, sites: Fake(tuple(sites), **machine))
+
+
+def planned(budget: str, **options: Any) -> tdc.Plan:
+    return tdc.plan(model(), DATA[0], budget=budget, calibration=DATA, progress=False, **options)
+
+
+@pytest.mark.parametrize("latency", [0.9, 0.6])
+def test_the_plan_keeps_within_the_time_of_the_whole_model(monkeypatch: pytest.MonkeyPatch, latency: float) -> None:
+    on(monkeypatch)
+    plan = planned(f"latency={latency}")
+    dense = plan.dense_cost.seconds
+    whole = dense / (1 - OUTSIDE)
+    assert dense == pytest.approx(RATE * (48 * 96 + 96 * 96 + 96 * 40), rel=1e-3)
+    assert whole - dense + plan.cost.seconds <= latency * whole * (1 + 1e-6)
+    assert whole - dense + plan.cost.seconds > (latency - 0.1) * whole
+    assert "time" in str(plan)
+    assert plan.budget == f"latency={latency}"
+
+
+def test_milliseconds_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch)
+    whole = RATE * (48 * 96 + 96 * 96 + 96 * 40) / (1 - OUTSIDE)
+    by_share = planned("latency=0.7")
+    in_ms = planned(f"latency_ms={0.7 * whole * 1e3}")
+    assert [c.ranks for c in in_ms.choices] == [c.ranks for c in by_share.choices]
+
+
+def test_what_is_slow_on_the_machine_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch)
+    assert {c.decomposition for c in planned("latency=0.6").choices if not c.is_dense} == {"pivoted"}
+    on(monkeypatch, gather=40.0)
+    assert {c.decomposition for c in planned("latency=0.6").choices if not c.is_dense} == {"svd"}
+
+
+def test_a_layer_that_nothing_makes_faster_stays_dense_and_the_remark_has_the_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on(monkeypatch, slow="2.weight")
+    plan = planned("latency=0.8")
+    assert [c.site.name for c in plan.choices if c.is_dense] == ["2.weight"]
+    (remark,) = [r for r in plan.remarks if r.stage == "time-layouts"]
+    assert remark.site == "2.weight"
+    assert "of the dense time" in remark.reason
+
+
+def test_what_cannot_be_reached_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch)
+    with pytest.raises(
+        BudgetError, match=r"cannot be reached: a run takes .* 80% of that .* nearest one is latency="
+    ) as e:
+        planned("latency=0.1")
+    near = str(e.value).rpartition("latency=")[2]
+    assert not any(c.is_dense for c in planned(f"latency={near}").choices)
+
+
+def test_limits_hold_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch)
+    plan = planned("latency=0.9,params=0.4")
+    assert plan.cost.params <= 0.4 * plan.dense_cost.params
+
+
+def test_alike_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Fake] = []
+    monkeypatch.setattr(NnProgram, "stopwatch", lambda self, sites: made.append(Fake(tuple(sites))) or made[-1])
+    torch.manual_seed(2)
+    same = nn.Sequential(*(nn.Linear(48, 48) for _ in range(4))).eval()
+    tdc.plan(same, DATA[0], budget="latency=0.8", calibration=DATA, progress=False)
+    assert sum(fake.asked for fake in made) == 1
+
+
+def test_plans_keep_the_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    on(monkeypatch)
+    plan = planned("latency=0.7")
+    again = tdc.Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.cost.seconds == pytest.approx(plan.cost.seconds)
+    small = tdc.compress(model(), DATA[0], plan=again, calibration=DATA, progress=False)
+    assert tdc.report(small).after.seconds == pytest.approx(plan.cost.seconds)
+
+
+def test_on_this_machine() -> None:
+    dense = model()
+    small = tdc.compress(dense, DATA[0], budget="latency_ms=1000", calibration=DATA, progress=False)
+    told = [r.reason for r in tdc.report(small).remarks if r.stage == "time-layouts"]
+    assert any("of the dense time" in reason and "ms" in reason for reason in told)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in dense.modules())
+    program = NnProgram(dense, (DATA[0],))
+    sites = program.sites()[0]
+    watch = program.stopwatch(sites)
+    assert isinstance(watch, Stopwatch)
+    assert len({watch.key(site) for site in sites}) == 3
+    seconds, part = watch.model()
+    assert seconds > 0
+    assert 0 < part <= 1
+    assert len(watch.site(sites[0], [])) == 1
+
+
+def test_what_cannot_be_timed_is_refused_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "dense.onnx"
+    torch.onnx.export(model(), (DATA[0],), path, dynamo=True, verbose=False)
+    with pytest.raises(BudgetError, match="names time: times of ONNX files are not measured"):
+        tdc.plan(path, budget="latency=0.7", calibration=[{"no": 1}], progress=False)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="names time"):
+        torch.compile(model(), backend="tdc", options={"budget": "latency=0.7"})(DATA[0])
+    with pytest.raises(BudgetError, match="allocation lagrangian"):
+        planned("latency=0.7", allocation="uniform")
+    with pytest.raises(BudgetError, match="do not go together"):
+        tdc.pareto(model(), DATA[0], budgets=["latency=0.7", "params=0.5"], calibration=DATA, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("latency=1.5", "above 0 and at most 1"),
+        ("latency_ms=0", "must be above 0"),
+        ("latency_ms=x", "not a number"),
+        ("latency=min", "unknown quantity"),
+        ("loss=0.1,latency=0.5", "what stays and the loss"),
+        ("latancy=0.5", "did you mean 'latency'"),
+    ],
+)
+def test_budgets_that_cannot_be_read(text: str, reason: str) -> None:
+    with pytest.raises(BudgetError, match=reason):
+        Budget.parse(text)
+
+
+def test_budgets_of_time_print_as_they_are_read() -> None:
+    for text in ("latency=0.7", "latency_ms=12", "params=0.5,latency=0.7"):
+        assert str(Budget.parse(text)) == text
