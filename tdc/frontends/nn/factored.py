@@ -21,6 +21,8 @@ from .sharing import Sharing
 
 __all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored", "place"]
 
+Runner = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
@@ -151,7 +153,7 @@ class Factored(nn.Module):
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_runner")}
 
     def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
         return result + bias
@@ -186,6 +188,22 @@ class FactoredLinear(Factored):
         super().__init__(replaced, block, *arguments)
         sizes = dict(block.sizes)
         self.in_features, self.out_features = sizes["i"], sizes["o"]
+
+    def use(self, run: Runner | None) -> str:
+        """Ask ``run(input, factors, bias)`` first, and run the block where it gives None. Returns '', or why not."""
+        self.__dict__.pop("_runner", None)
+        if run is not None and self.__dict__["_sharing"] is not None:
+            return "the layer shares factors with others, and computes with them but once"
+        if run is not None:
+            self.__dict__["_runner"] = run
+        return ""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if "_runner" in self.__dict__:
+            result: Tensor | None = self.__dict__["_runner"](input, self.factors, self.bias)
+            if result is not None:
+                return result
+        return super().forward(input)
 
     def _impulses(self) -> Tensor:
         eye = self._zeros(self.in_features, self.in_features)
