@@ -9,8 +9,8 @@ if __name__ != "tdc.kernels":
         f"this folder is the package 'tdc.kernels': write 'import tdc.kernels' instead of 'import {__name__}'"
     )
 
-from .accelerate import accelerate
 from .base import Kernel, Match
+from .layers import accelerate
 from .registry import kernels, match
 
 __all__ = ["Kernel", "Match", "accelerate", "kernels", "match"]

@@ -52,7 +52,8 @@ def build(source: Path, folder: Path | None = None) -> ctypes.CDLL | Decline:
     answer: ctypes.CDLL | Decline = Decline("no set of flags")
     for flags in ((*FLAGS, *OPENMP), FLAGS):
         path = folder / f"{source.stem}-{_key(text, flags, command, version)}.so"
-        answer = _opened(path) if _is_own_file(path) else _compiled(text, command, flags, path)
+        kept = _opened(path) if _is_own_file(path) else None
+        answer = kept if isinstance(kept, ctypes.CDLL) else _compiled(source.name, text, command, flags, path)
         if isinstance(answer, ctypes.CDLL):
             return answer
     return answer
@@ -119,11 +120,11 @@ def _key(text: str, flags: Sequence[str], command: Sequence[str], version: str) 
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _compiled(text: str, command: Sequence[str], flags: Sequence[str], path: Path) -> ctypes.CDLL | Decline:
+def _compiled(name: str, text: str, command: Sequence[str], flags: Sequence[str], path: Path) -> ctypes.CDLL | Decline:
     """Compile beside ``path``, then rename: of two processes that build at once, both win."""
     try:
         with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as work:
-            source, library = Path(work) / "kernel.c", Path(work) / "kernel.so"
+            source, library = Path(work) / name, Path(work) / "kernel.so"
             source.write_text(text, encoding="utf-8")
             answer = _run([*command, *flags, str(source), "-o", str(library), "-lm"])
             if isinstance(answer, Decline):

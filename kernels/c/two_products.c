@@ -43,7 +43,7 @@ typedef void (*product_function)(const struct product *, long start, long stop);
 #define WIDE 2
 #define VERSION _portable
 #define TARGET
-#include __FILE__
+#include "two_products.c"
 
 #ifdef X86
 #define LANES 8
@@ -51,14 +51,14 @@ typedef void (*product_function)(const struct product *, long start, long stop);
 #define WIDE 2
 #define VERSION _avx2
 #define TARGET __attribute__((target("avx2,fma")))
-#include __FILE__
+#include "two_products.c"
 
 #define LANES 16
 #define TALL 4
 #define WIDE 4
 #define VERSION _avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,fma")))
-#include __FILE__
+#include "two_products.c"
 #endif
 
 static const product_function products[] = {
@@ -165,6 +165,8 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
                             long inputs, long rank, long outputs, int stacked) {
     if (version < 0 || version > tdc_version())
         return NO_SUCH_VERSION;
+    if (rows == 0 || outputs == 0)
+        return OK;
     long stride = ((stacked ? outputs : rank) + 15) / 16 * 16, gathered = order ? (rows * inputs + 15) / 16 * 16 : 0;
     float *scratch = aligned_alloc(64, (size_t)(gathered + rows * stride + 16) * sizeof(float));
     if (!scratch)
@@ -172,12 +174,12 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
     struct call c = {x,    first,  second, bias, order,   place,  y,                 scratch, scratch + gathered,
                      rows, inputs, rank,   outputs, stride,  stacked, products[version], OK};
 #ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        work(&c, omp_get_thread_num(), omp_get_num_threads());
-    } else
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    work(&c, omp_get_thread_num(), omp_get_num_threads());
+#else
+    (void)threads;
+    work(&c, 0, 1);
 #endif
-        work(&c, 0, 1);
     free(scratch);
     return c.status;
 }

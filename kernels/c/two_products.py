@@ -226,8 +226,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return x_grad.reshape(shape), inner_grad.T @ rest, result.T @ inner, bias_grad, None, None, None
 
 
-def _mapped(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
-    return torch.vmap(reference, in_dims)(*operands), 0
+def _mapped(info: Any, places: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+    """The axis of vmap is one more leading axis of x; where other operands have it too, one call for each entry."""
+    if places[0] is not None and not any(place is not None for place in places[1:]):
+        return operator()(operands[0].movedim(places[0], 0), *operands[1:]), 0
+
+    def entry(k: int) -> Tensor:
+        pairs = zip(operands, places, strict=True)
+        result: Tensor = operator()(*[t if place is None else t.select(place, k) for t, place in pairs])
+        return result
+
+    return torch.stack([entry(k) for k in range(info.batch_size)]), 0
 
 
 def _kernel(name: str, lines: str, factors: str, call: Any) -> Kernel:
