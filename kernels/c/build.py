@@ -41,6 +41,8 @@ def build(source: Path, folder: Path | None = None) -> ctypes.CDLL | Decline:
     """As :func:`load`, asked anew; ``folder``: where to keep the library, a private one (default:
     :func:`cache_folder`).
     """
+    if os.name != "posix":
+        return Decline(f"the C kernels are for POSIX systems, not for {os.name}")
     command = compiler()
     if isinstance(command, Decline):
         return command

@@ -263,11 +263,12 @@ INLINE TARGET void NAMED(tile, VERSION)(const struct product *p, long n, long b,
         }
 }
 
-/* All rows of activations with a few rows of the weight: these are in cache after the first tile. The rows that come
-   next are fetched a part with each tile, so that memory is busy all the time. */
+/* All rows of activations with a few rows of the weight: these are in cache after the first tile. Rows further on, those
+   of the strip after the next one, are fetched to the second-level cache a part with each tile, so that memory is busy
+   all the time. (One strip ahead is 5 % slower where rows are short; nearer caches lose 10 %.) */
 INLINE TARGET void NAMED(strip, VERSION)(const struct product *p, long n, int tall) {
     const long whole = tall * LANES / 16, vectors = p->depth / LANES;
-    const char *ahead = (const char *)((uintptr_t)p->weight + (size_t)(n + tall) * p->depth * sizeof(float));
+    const char *ahead = (const char *)((uintptr_t)p->weight + (size_t)(n + 2 * tall) * p->depth * sizeof(float));
     long b = 0, tiles = (p->rows + WIDE - 1) / WIDE, part = whole > tiles ? whole / tiles : 1, left = whole;
     for (; b < p->rows; b += WIDE) {
         long wide = p->rows - b < WIDE ? p->rows - b : WIDE, lines = left < part ? left : part;
@@ -291,6 +292,9 @@ INLINE TARGET void NAMED(strip, VERSION)(const struct product *p, long n, int ta
 
 static TARGET void NAMED(product, VERSION)(const struct product *p, long start, long stop) {
     long n = start;
+    if (p->rows <= WIDE) /* one tile a strip: fewer sums at its end, and fewer streams, are 5 to 10 % faster */
+        for (; n + 2 <= stop; n += 2)
+            NAMED(strip, VERSION)(p, n, 2);
     for (; n + TALL <= stop; n += TALL)
         NAMED(strip, VERSION)(p, n, TALL);
     for (; n < stop; n++)
