@@ -77,6 +77,9 @@ class Kernel:
                 return Decline(f"{self.name}: '{op}' has another equation")
         if names[self.lines[-1].output] != block.output:
             return Decline(f"{self.name}: the block gives {block.output}")
+        foreign = [names[name] for name in self.factors if names[name] not in dict(block.factors)]
+        if foreign:
+            return Decline(f"{self.name}: {foreign[0]} is no factor")
         sizes = {"0": 0, **{axis: dict(block.sizes)[name] for axis, name in axes.items() if axis != "b"}}
         for line, op in zip(self.lines, block.ops, strict=True):
             if (sizes[line.start], sizes[line.stop]) != (op.start, op.stop):

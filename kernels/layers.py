@@ -30,14 +30,18 @@ COLD = 64 << 20
 class Runs(Protocol):
     """A layer that runs a block, and that can be told another way to run it."""
 
-    block: Block
     bias: Tensor | None
+
+    @property
+    def own(self) -> Block:
+        """The block that it computes by itself, with nobody else."""
+        ...
 
     @property
     def factors(self) -> Mapping[str, Tensor]: ...
 
-    def use(self, run: Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None] | None) -> str:
-        """Ask ``run(input, factors, bias)`` first, and run the block where it gives None; '', or why not."""
+    def use(self, run: Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None] | None) -> None:
+        """Ask ``run(input, factors, bias)`` first for that block, and run it where it gives None."""
         ...
 
 
@@ -83,10 +87,10 @@ def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16)) -> tuple[Rema
 
 def _accelerated(layer: Runs, steps: list[int], known: dict[Any, list[float]]) -> str:
     layer.use(None)
-    found, factors = match(layer.block), layer.factors
+    found, factors = match(layer.own), layer.factors
     if isinstance(found, Decline):
         return found.reason
-    if not _suits(factors.values()):
+    if not _suits(factors[name] for name in found.factors):
         return f"{found.kernel.name}: {found.kernel.limits}"
     key = (found.kernel.name, found.sizes, layer.bias is None)
     if key not in known:
@@ -96,7 +100,8 @@ def _accelerated(layer: Runs, steps: list[int], known: dict[Any, list[float]]) -
     text = ", ".join(f"{gain:.2f} times as fast at {n} rows" for n, gain in zip(steps, gains, strict=True))
     if not spans:
         return f"{found.kernel.name}: not used, {text or 'nothing measured'}"
-    return layer.use(Accelerated(found, tuple(spans), torch.get_num_threads())) or f"{found.kernel.name}: {text}"
+    layer.use(Accelerated(found, tuple(spans), torch.get_num_threads()))
+    return f"{found.kernel.name}: {text}"
 
 
 def measured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, rows: int) -> float:

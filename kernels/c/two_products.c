@@ -158,6 +158,12 @@ static void work(struct call *c, int t, int threads) {
     }
 }
 
+/* Threads that are worth waiting for: each has at least 256 KiB of weights to read. */
+static int worth(int threads, long weights) {
+    long most = 1 + weights / (1 << 16);
+    return threads < most ? threads : (int)most;
+}
+
 /* x (rows, i), first (r, i) or with order (r, i - r), second (o, r) or if stacked (o - r, r), bias (o) or NULL,
    order (i) or NULL, place (o) or NULL, only if stacked; y (rows, o). Returns 0, or why nothing usable is in y. */
 EXPORT int tdc_two_products(int version, int threads, const float *x, const float *first, const float *second,
@@ -173,15 +179,34 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
         return NO_MEMORY;
     struct call c = {x,    first,  second, bias, order,   place,  y,                 scratch, scratch + gathered,
                      rows, inputs, rank,   outputs, stride,  stacked, products[version], OK};
+    threads = worth(threads, rank * (inputs + outputs));
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
     work(&c, omp_get_thread_num(), omp_get_num_threads());
 #else
-    (void)threads;
     work(&c, 0, 1);
 #endif
     free(scratch);
     return c.status;
+}
+
+/* b i, o i -> b o: x (rows, i), weight (o, i), bias (o) or NULL, y (rows, o). */
+EXPORT int tdc_one_product(int version, int threads, const float *x, const float *weight, const float *bias, float *y,
+                           long rows, long inputs, long outputs) {
+    if (version < 0 || version > tdc_version())
+        return NO_SUCH_VERSION;
+    if (rows == 0 || outputs == 0)
+        return OK;
+    struct product p = {weight, x, NULL, bias, y, rows, inputs, inputs, 0, outputs};
+    threads = worth(threads, inputs * outputs);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    products[version](&p, share(outputs, omp_get_thread_num(), omp_get_num_threads()),
+                      share(outputs, omp_get_thread_num() + 1, omp_get_num_threads()));
+#else
+    products[version](&p, 0, outputs);
+#endif
+    return OK;
 }
 
 #else /* one version of the product: LANES numbers a vector */

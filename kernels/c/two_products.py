@@ -45,9 +45,9 @@ def library() -> ctypes.CDLL | Decline:
     """The compiled C code."""
     found = load(SOURCE)
     if isinstance(found, ctypes.CDLL):
-        found.tdc_two_products.argtypes = (
-            [ctypes.c_int] * 2 + [ctypes.c_void_p] * 7 + [ctypes.c_long] * 4 + [ctypes.c_int]
-        )
+        number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_long
+        found.tdc_two_products.argtypes = [*[number] * 2, *[pointer] * 7, *[size] * 4, number]
+        found.tdc_one_product.argtypes = [*[number] * 2, *[pointer] * 4, *[size] * 3]
     return found
 
 

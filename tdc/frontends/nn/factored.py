@@ -189,21 +189,31 @@ class FactoredLinear(Factored):
         sizes = dict(block.sizes)
         self.in_features, self.out_features = sizes["i"], sizes["o"]
 
-    def use(self, run: Runner | None) -> str:
-        """Ask ``run(input, factors, bias)`` first, and run the block where it gives None. Returns '', or why not."""
+    @property
+    def own(self) -> Block:
+        """The block, without what the layers that share factors compute alike: its input is what that gives."""
+        sharing: Sharing | None = self.__dict__["_sharing"]
+        alike = () if sharing is None else sharing.common(self.block.ops, self.block.input)
+        if not alike:
+            return self.block
+        ops = tuple(op for op in self.block.ops if op not in alike)
+        factors = tuple(pair for pair in self.block.factors if any(pair[0] in op.inputs for op in ops))
+        return replace(self.block, factors=factors, ops=ops, input=alike[-1].output)
+
+    def use(self, run: Runner | None) -> None:
+        """Ask ``run(input, factors, bias)`` for :attr:`own` first, and run the block where it gives None."""
         self.__dict__.pop("_runner", None)
-        if run is not None and self.__dict__["_sharing"] is not None:
-            return "the layer shares factors with others, and computes with them but once"
         if run is not None:
-            self.__dict__["_runner"] = run
-        return ""
+            self.__dict__["_runner"] = (run, self.own.input)
 
     def forward(self, input: Tensor) -> Tensor:
+        common = self._common(input, input, self.block.ops)
         if "_runner" in self.__dict__:
-            result: Tensor | None = self.__dict__["_runner"](input, self.factors, self.bias)
+            run, entry = self.__dict__["_runner"]
+            result: Tensor | None = run(common.get(entry, input), self.factors, self.bias)
             if result is not None:
                 return result
-        return super().forward(input)
+        return self._run(input, self.bias, self.block.ops, common)
 
     def _impulses(self) -> Tensor:
         eye = self._zeros(self.in_features, self.in_features)

@@ -161,27 +161,32 @@ def test_factors_that_change_are_read_at_every_call(
     assert len(calls) == 2 * len(factored(small))
 
 
-def test_layers_that_share_factors_stay_with_a_reason(gains: dict[int, float]) -> None:
+def test_layers_that_share_factors_compute_with_them_once(gains: dict[int, float], calls: list[int]) -> None:
     block = Block(
-        (("v", (7, 20)), ("u", (24, 7))),
+        (("v", (7, 24)), ("u", (20, 7))),
         (
             Op("matmul", "t0", ("x", "v"), Equation.parse("b i, r i -> b r")),
             Op("matmul", "t1", ("t0", "u"), Equation.parse("b r, o r -> b o")),
         ),
         "t1",
-        (("o", 24), ("i", 20), ("r", 7)),
+        (("o", 20), ("i", 24), ("r", 7)),
     )
-    factors = {"v": torch.randn(7, 20), "u": torch.randn(24, 7)}
-    sharing = Sharing(frozenset({"v"}))
-    shared = [FactoredLinear(nn.Linear(20, 24), block, factors, "any", None, sharing) for _ in range(2)]
-    remarks = kernels.accelerate(nn.ModuleList(shared), rows=(8,))
-    assert [remark.reason for remark in remarks] == [
-        "the layer shares factors with others, and computes with them but once"
-    ] * 2
-    (alone,) = kernels.accelerate(
-        nn.ModuleList([FactoredLinear(nn.Linear(20, 24), block, factors, "any", None)]), rows=(8,)
+    sharing, first = Sharing(frozenset({"v"})), torch.randn(7, 24)
+    shared = nn.ModuleList(
+        FactoredLinear(nn.Linear(24, 20), block, {"v": first, "u": torch.randn(20, 7)}, "any", torch.randn(20), sharing)
+        for _ in range(2)
     )
-    assert alone.reason == "two products: 3.00 times as fast at 8 rows"
+    with torch.no_grad():
+        before = [layer(X) for layer in shared]
+        remarks = kernels.accelerate(shared, rows=(8,))
+        assert [remark.reason for remark in remarks] == ["one product: 3.00 times as fast at 8 rows"] * 2
+        assert_same(torch.stack([layer(X) for layer in shared]), torch.stack(before))
+        assert calls == [3, 3]
+        assert sharing._kept is None, "each layer has had what they share"
+        calls.clear()
+        wide = torch.randn(9, 24)
+        assert_same(shared[1](wide), copy.deepcopy(shared)[1](wide))
+        assert calls == []
 
 
 def test_a_slower_kernel_is_not_used(small: nn.Module, gains: dict[int, float], calls: list[int]) -> None:

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.usefixtures("compiled")
 FORMS = ("plain", "gather before", "stacked", "gather behind", "both")
 SIZES = ((1, 1, 1), (3, 17, 1), (17, 3, 3), (31, 33, 17), (64, 48, 16), (100, 67, 31), (130, 257, 63))
 """(outputs, inputs, rank)."""
+LARGE = ((700, 400, 300), (1000, 333, 129))
+"""Enough for several threads."""
 ROUNDING = 2.0
 """No farther from the exact result than twice as far as torch's own."""
 
@@ -69,7 +71,7 @@ def test_results_are_as_good_as_torchs(form: str, sizes: tuple[int, int, int], v
 def test_threads_share_the_work_and_change_no_bit(form: str, threads: int) -> None:
     before = torch.get_num_threads()
     try:
-        for sizes in SIZES:
+        for sizes in (*SIZES, *LARGE):
             for rows in (1, 5):
                 given = operands(form, sizes, rows)
                 torch.set_num_threads(1)
