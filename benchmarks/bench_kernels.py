@@ -5,9 +5,9 @@
 Batches of 1, 4 and 16 rows, float32, with bias. The weights are cold: each contestant goes through a pool of its own of
 layers that is larger than the last-level cache, all contestants in turn in one run. With more than one thread the
 processor is not pinned. ``bytes``: the weights that the factors take, of dense; a product that is bound by reading them
-can gain no more than the inverse, and what is beyond that comes from faster reading: ``one product`` is a dense layer by
-the kernel. Times in microseconds, the least and the median over all laps; ratios of least
-times, beyond one where the kernel is faster. Rows go to results/kernels.csv, in place of those of the same case.
+can gain no more than the inverse, and what is beyond that comes from faster reading: ``one product`` is a dense layer
+by the kernel. Times in microseconds, the least and the median over all laps; ratios of least times, beyond one where
+the kernel is faster. Rows go to results/kernels.csv, in place of those of the same case.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One product for few rows of activations: what layers that share their other factors have of their own.
 
-Equation: ``b i, o i -> b o`` + bias, with x (..., i), weight (o, i), bias (o). The C code is in two_products.c, with the
-same limits and rounding. Its operator is torch's own linear.
+Equation: ``b i, o i -> b o`` + bias, with x (..., i), weight (o, i), bias (o). The C code is in two_products.c; limits
+and rounding are the same. Its operator is torch's own linear.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.mark.parametrize("outputs", [1, 3, 17, 31, 64])
-@pytest.mark.parametrize("inputs", [1, 3, 17, 31, 64, 133])
+@pytest.mark.parametrize("inputs", [1, 3, 17, 31, 64, 133, 519])
 def test_results_are_as_good_as_torchs(outputs: int, inputs: int) -> None:
     for version in range(len(two_products.versions())):
         for rows in range(1, 10):

@@ -14,7 +14,7 @@ from tdc.kernels.c.two_products import reference, run
 pytestmark = pytest.mark.usefixtures("compiled")
 
 FORMS = ("plain", "gather before", "stacked", "gather behind", "both")
-SIZES = ((1, 1, 1), (3, 17, 1), (17, 3, 3), (31, 33, 17), (64, 48, 16), (100, 67, 31), (130, 257, 63))
+SIZES = ((1, 1, 1), (3, 17, 1), (17, 3, 3), (31, 33, 17), (64, 48, 16), (100, 67, 31), (130, 257, 63), (21, 530, 5))
 """(outputs, inputs, rank)."""
 LARGE = ((700, 400, 300), (1000, 333, 129))
 """Enough for several threads."""
