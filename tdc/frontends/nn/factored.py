@@ -21,6 +21,8 @@ from .sharing import Sharing
 
 __all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored", "place"]
 
+Runner = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
@@ -151,7 +153,7 @@ class Factored(nn.Module):
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_runner")}
 
     def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
         return result + bias
@@ -186,6 +188,32 @@ class FactoredLinear(Factored):
         super().__init__(replaced, block, *arguments)
         sizes = dict(block.sizes)
         self.in_features, self.out_features = sizes["i"], sizes["o"]
+
+    @property
+    def own(self) -> Block:
+        """The block, without what the layers that share factors compute alike: its input is what that gives."""
+        sharing: Sharing | None = self.__dict__["_sharing"]
+        alike = () if sharing is None else sharing.common(self.block.ops, self.block.input)
+        if not alike:
+            return self.block
+        ops = tuple(op for op in self.block.ops if op not in alike)
+        factors = tuple(pair for pair in self.block.factors if any(pair[0] in op.inputs for op in ops))
+        return replace(self.block, factors=factors, ops=ops, input=alike[-1].output)
+
+    def use(self, run: Runner | None) -> None:
+        """Ask ``run(input, factors, bias)`` for :attr:`own` first, and run the block where it gives None."""
+        self.__dict__.pop("_runner", None)
+        if run is not None:
+            self.__dict__["_runner"] = (run, self.own.input)
+
+    def forward(self, input: Tensor) -> Tensor:
+        common = self._common(input, input, self.block.ops)
+        if "_runner" in self.__dict__:
+            run, entry = self.__dict__["_runner"]
+            result: Tensor | None = run(common.get(entry, input), self.factors, self.bias)
+            if result is not None:
+                return result
+        return self._run(input, self.bias, self.block.ops, common)
 
     def _impulses(self) -> Tensor:
         eye = self._zeros(self.in_features, self.in_features)

@@ -1,0 +1,299 @@
+"""Two products with one intermediate, for few rows of activations: ``tdc::two_products``, see two_products.c.
+
+Equation: ``b i, r i -> b r ; b r, o r -> b o``, with x (..., i), first (r, i), second (o, r), bias (o). With ``order``
+(i,) int32 the input is gathered, g = x[order], its first r entries pass by the first product,
+``h = g[:r] + g[r:] first'``, and first is (r, i - r). If ``stacked`` the intermediate stands beside the result,
+``y = [h, h second']``, second is (o - r, r), and ``place`` (o,) int32 may gather the output.
+
+Limits of the C code: float32, on the processor; other calls run the reference, in stock operators. Rounding: sums in
+another order than torch's, no farther from the exact result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tdc.ir import Decline
+
+from ..base import Kernel, Line
+from .build import load
+
+__all__ = ["KERNELS", "available", "library", "operator", "reference", "run", "versions"]
+
+SOURCE = Path(__file__).with_suffix(".c")
+VERSIONS = ("portable", "AVX2", "AVX-512")
+_NAME = "two_products"
+_SCHEMA = (
+    f"{_NAME}(Tensor x, Tensor first, Tensor second, Tensor? bias=None, Tensor? order=None, Tensor? place=None, "
+    "bool stacked=False) -> Tensor"
+)
+_FAILURES = {1: MemoryError("no memory for the intermediate"), 2: IndexError("an index is out of range")}
+_registered: list[torch.library.Library] = []
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | Decline:
+    """The compiled C code."""
+    found = load(SOURCE)
+    if isinstance(found, ctypes.CDLL):
+        number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_long
+        found.tdc_two_products.argtypes = [*[number] * 2, *[pointer] * 7, *[size] * 4, number]
+        found.tdc_one_product.argtypes = [*[number] * 2, *[pointer] * 4, *[size] * 3]
+    return found
+
+
+def available() -> Decline | None:
+    """Why the C code cannot run on this machine, None where it can."""
+    found = library()
+    return found if isinstance(found, Decline) else None
+
+
+def versions() -> tuple[str, ...]:
+    """The instruction sets of the C code that this processor has, the widest one last."""
+    found = library()
+    return () if isinstance(found, Decline) else VERSIONS[: found.tdc_version() + 1]
+
+
+@functools.cache
+def _code() -> tuple[Any, int]:
+    found = library()
+    assert isinstance(found, ctypes.CDLL)
+    return found.tdc_two_products, found.tdc_version()
+
+
+def run(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    place: Tensor | None = None,
+    stacked: bool = False,
+    *,
+    version: int | None = None,
+) -> Tensor:
+    """The C code. ``version``: the place in :func:`versions` of the one to run (default: the widest)."""
+    code, widest = _code()
+    outputs = _outputs(x, first, second, bias, order, place, stacked)
+    if not (x.is_cpu and first.is_cpu and second.is_cpu and x.dtype is torch.float32):
+        raise ValueError(f"tdc::{_NAME}: the C code takes float32 on the processor")
+    x, first, second = x.contiguous(), first.contiguous(), second.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    order = None if order is None else order.contiguous()
+    place = None if place is None else place.contiguous()
+    rank, inputs = first.shape[0], x.shape[-1]
+    y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32, device=x.device)
+    failed = code(
+        widest if version is None else version,
+        torch.get_num_threads(),
+        x.data_ptr(),
+        first.data_ptr(),
+        second.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if order is None else order.data_ptr(),
+        None if place is None else place.data_ptr(),
+        y.data_ptr(),
+        y.numel() // outputs if outputs else 0,
+        inputs,
+        rank,
+        outputs,
+        stacked,
+    )
+    if failed:
+        raise _FAILURES.get(failed, ValueError(f"this processor does not have version {version}"))
+    return y
+
+
+def reference(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    place: Tensor | None = None,
+    stacked: bool = False,
+) -> Tensor:
+    """The same by stock operators."""
+    rank = first.shape[0]
+    if order is None:
+        inner = functional.linear(x, first)
+    else:
+        gathered = x.index_select(-1, order)
+        inner = gathered[..., :rank] + functional.linear(gathered[..., rank:], first)
+    if not stacked:
+        return functional.linear(inner, second, bias)
+    y = torch.cat([inner, functional.linear(inner, second)], -1)
+    y = y if place is None else y.index_select(-1, place)
+    return y if bias is None else y + bias
+
+
+def operator() -> Any:
+    """``torch.ops.tdc.two_products``, registered at the first call."""
+    with _LOCK:
+        if not _registered:
+            _registered.append(_register())
+    return torch.ops.tdc.two_products.default
+
+
+def _register() -> torch.library.Library:
+    made = torch.library.Library("tdc", "FRAGMENT")
+    made.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    made.impl(_NAME, _on_processor, "CPU")
+    made.impl(_NAME, reference, "CompositeExplicitAutograd")
+    name = f"tdc::{_NAME}"
+    torch.library.register_fake(name, _fake, lib=made)
+    torch.library.register_autograd(name, _backward, setup_context=_setup, lib=made)
+    torch.library.register_vmap(name, _mapped, lib=made)
+    return made
+
+
+def _on_processor(x: Tensor, *operands: Any) -> Tensor:
+    if x.dtype is torch.float32 and available() is None:
+        return run(x, *operands)
+    return reference(x, *operands)
+
+
+def _fake(x: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _outputs(x, *operands)))
+
+
+def _outputs(
+    x: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    place: Tensor | None = None,
+    stacked: bool = False,
+) -> int:
+    """The number of outputs; ValueError where the operands do not fit each other: C code reads what it is told to."""
+    if x.ndim < 1 or first.ndim != 2 or second.ndim != 2:
+        raise ValueError(_misfit(x, first, second, bias, order, place))
+    rank, inputs = first.shape
+    outputs, inner = second.shape
+    outputs += rank if stacked else 0
+    inputs += 0 if order is None else rank
+    if (
+        x.shape[-1] != inputs
+        or inner != rank
+        or not x.dtype is first.dtype is second.dtype
+        or (bias is not None and (bias.shape != (outputs,) or bias.dtype is not x.dtype))
+        or (order is not None and (order.shape != (inputs,) or order.dtype is not torch.int32))
+        or (place is not None and (place.shape != (outputs,) or place.dtype is not torch.int32 or not stacked))
+    ):
+        raise ValueError(_misfit(x, first, second, bias, order, place))
+    return outputs
+
+
+def _misfit(*operands: Tensor | None) -> str:
+    names = ("x", "first", "second", "bias", "order", "place")
+    pairs = [(name, t) for name, t in zip(names, operands, strict=True) if t is not None]
+    found = ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in pairs)
+    return f"tdc::{_NAME}: the operands do not fit each other (place only where stacked): {found}"
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, first, second, bias, order, place, ctx.stacked = inputs
+    ctx.save_for_backward(x, first, second, order, place)
+    ctx.needs_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """With G the gradient of y: of second ``G' h``, of h ``G second``, and so on back through the gathers."""
+    x, first, second, order, place = ctx.saved_tensors
+    rank = first.shape[0]
+    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    gathered = x if order is None else x.index_select(1, order)
+    rest = gathered if order is None else gathered[:, rank:]
+    inner = rest @ first.T if order is None else gathered[:, :rank] + rest @ first.T
+    bias_grad = grad.sum(0) if ctx.needs_bias else None
+    stack = grad if place is None else torch.zeros_like(grad).index_add(1, place, grad)
+    result = stack[:, rank:] if ctx.stacked else stack
+    inner_grad = result @ second + stack[:, :rank] if ctx.stacked else result @ second
+    x_grad = inner_grad @ first
+    if order is not None:
+        x_grad = torch.zeros_like(x).index_add(1, order, torch.cat([inner_grad, x_grad], 1))
+    shape = (*ctx.saved_tensors[0].shape,)
+    return x_grad.reshape(shape), inner_grad.T @ rest, result.T @ inner, bias_grad, None, None, None
+
+
+def _mapped(info: Any, places: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+    """The axis of vmap is one more leading axis of x; where other operands have it too, one call for each entry."""
+    if places[0] is not None and not any(place is not None for place in places[1:]):
+        return operator()(operands[0].movedim(places[0], 0), *operands[1:]), 0
+
+    def entry(k: int) -> Tensor:
+        pairs = zip(operands, places, strict=True)
+        result: Tensor = operator()(*[t if place is None else t.select(place, k) for t, place in pairs])
+        return result
+
+    return torch.stack([entry(k) for k in range(info.batch_size)]), 0
+
+
+def _kernel(name: str, lines: str, factors: str, call: Any) -> Kernel:
+    """``call(f, x, *factors, bias)`` calls ``f`` with the operator's arguments."""
+    return Kernel(
+        name,
+        tuple(Line.parse(line) for line in lines.strip().splitlines()),
+        tuple(factors.split()),
+        "float32, on the processor",
+        lambda x, *operands: call(operator(), x, *operands),
+        lambda x, *operands: call(run, x, *operands),
+        lambda x, *operands: call(reference, x, *operands),
+        available,
+    )
+
+
+KERNELS = (
+    _kernel(
+        "two products",
+        """
+        t0 = matmul(x, first)  # b i, r i -> b r
+        t1 = matmul(t0, second)  # b r, o r -> b o
+        """,
+        "first second",
+        lambda f, x, first, second, bias: f(x, first, second, bias),
+    ),
+    _kernel(
+        "two products behind a gather",
+        """
+        t0 = take(x, order[0:r])
+        t1 = take(x, order[r:i])
+        t2 = matmul(t1, first)  # b i, r i -> b r
+        t3 = add(t0, t2)
+        t4 = matmul(t3, second)  # b r, o r -> b o
+        """,
+        "order first second",
+        lambda f, x, order, first, second, bias: f(x, first, second, bias, order),
+    ),
+    _kernel(
+        "two products, stacked",
+        """
+        t0 = matmul(x, first)  # b i, r i -> b r
+        t1 = matmul(t0, second)  # b r, o r -> b o
+        t2 = concat(t0, t1)
+        """,
+        "first second",
+        lambda f, x, first, second, bias: f(x, first, second, bias, None, None, True),
+    ),
+    _kernel(
+        "two products, stacked, before a gather",
+        """
+        t0 = matmul(x, first)  # b i, r i -> b r
+        t1 = matmul(t0, second)  # b r, o r -> b o
+        t2 = concat(t0, t1)
+        t3 = take(t2, place[0:o])
+        """,
+        "first second place",
+        lambda f, x, first, second, place, bias: f(x, first, second, bias, None, place, True),
+    ),
+)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdc
+from tdc import kernels
+from tdc.frontends.nn.factored import FactoredLinear
+from tdc.frontends.nn.sharing import Sharing
+from tdc.ir import Block, Equation, Op
+from tdc.kernels import layers
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+X = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    """Factored layers of several kinds, in evaluation mode."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 40), nn.Tanh(), nn.Linear(40, 8, bias=False))
+    return tdc.compress(model, X, budget="params=0.6", metric="weight", progress=False).eval()
+
+
+@pytest.fixture
+def gains(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """What the measurement is to find, by the number of rows; nothing is measured."""
+    found = {1: 2.0, 4: 1.0, 8: 3.0}
+    monkeypatch.setattr(layers, "measured", lambda match, factors, bias, rows: found[rows])
+    return found
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every call that a kernel has run."""
+    seen: list[int] = []
+    plain = kernels.Match.run
+
+    def run(match: kernels.Match, x: Tensor, factors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
+        seen.append(x.numel() // x.shape[-1])
+        return plain(match, x, factors, bias)
+
+    monkeypatch.setattr(kernels.Match, "run", run)
+    return seen
+
+
+def factored(model: nn.Module) -> list[FactoredLinear]:
+    return [module for module in model.modules() if isinstance(module, FactoredLinear)]
+
+
+def assert_same(found: Tensor, right: Tensor) -> None:
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_run_where_they_were_faster_and_nowhere_else(
+    small: nn.Module, gains: dict[int, float], calls: list[int]
+) -> None:
+    plain = copy.deepcopy(small)
+    remarks = kernels.accelerate(small, rows=(4, 1, 8))
+    assert len(remarks) == len(factored(small)) > 0
+    assert "2.00 times as fast at 1 rows, 1.00 times as fast at 4 rows, 3.00 times as fast at 8 rows" in str(remarks[0])
+    for rows, used in ((1, True), (2, False), (4, False), (5, True), (8, True), (9, False)):
+        x = torch.randn(rows, 24)
+        calls.clear()
+        with torch.no_grad():
+            assert_same(small(x), plain(x))
+        assert calls == ([rows] * len(remarks) if used else []), rows
+    with torch.inference_mode():
+        assert_same(small(X[None, :1]), plain(X[None, :1]))
+    assert calls == [1] * len(remarks)
+
+
+def test_what_a_kernel_does_not_take_runs_as_before(
+    small: nn.Module, gains: dict[int, float], calls: list[int]
+) -> None:
+    plain = copy.deepcopy(small)
+    kernels.accelerate(small, rows=(8,))
+    small(X).sum().backward()
+    plain(X).sum().backward()
+    for mine, its in zip(small.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert torch.equal(mine.grad, its.grad)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(small(X), plain(X))
+        assert torch.equal(torch.vmap(small)(X), torch.vmap(plain)(X))
+        assert torch.equal(torch.jit.trace(small, X, check_trace=False)(2 * X), plain(2 * X))
+        assert torch.equal(small.double()(X.double()), plain.double()(X.double()))
+    assert calls == []
+
+
+def test_with_frozen_factors_no_gradient_is_needed(small: nn.Module, gains: dict[int, float], calls: list[int]) -> None:
+    kernels.accelerate(small.requires_grad_(False), rows=(8,))
+    small(X)
+    assert calls != []
+    calls.clear()
+    x = X.clone().requires_grad_()
+    small(x).sum().backward()
+    assert x.grad is not None
+    assert calls == []
+
+
+def test_another_number_of_threads_was_not_measured(
+    small: nn.Module, gains: dict[int, float], calls: list[int]
+) -> None:
+    kernels.accelerate(small, rows=(8,))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        with torch.no_grad():
+            small(X)
+    finally:
+        torch.set_num_threads(before)
+    assert calls == []
+
+
+def test_compilers_see_stock_operators(small: nn.Module, gains: dict[int, float], calls: list[int]) -> None:
+    plain = copy.deepcopy(small)
+    kernels.accelerate(small, rows=(8,))
+    with torch.no_grad():
+        program = torch.export.export(small, (X,))
+        assert "tdc" not in str(program.graph)
+        compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+        assert_same(compiled(X), plain(X))
+        traced = torch.fx.experimental.proxy_tensor.make_fx(small)(X)
+        assert_same(traced(2 * X), plain(2 * X))
+    assert calls == []
+
+
+def test_kernels_are_left_behind_by_copies_and_files(
+    small: nn.Module, gains: dict[int, float], calls: list[int], tmp_path: Path
+) -> None:
+    kernels.accelerate(small, rows=(8,))
+    with torch.no_grad():
+        right = copy.deepcopy(small)(X)
+        torch.save(small, tmp_path / "small.pt")
+        assert torch.equal(torch.load(tmp_path / "small.pt", weights_only=False)(X), right)
+        assert calls == []
+        kernels.accelerate(small, rows=())
+        assert torch.equal(small(X), right)
+    assert calls == []
+
+
+def test_factors_that_change_are_read_at_every_call(
+    small: nn.Module, gains: dict[int, float], calls: list[int]
+) -> None:
+    kernels.accelerate(small, rows=(8,))
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(1.5)
+        right = copy.deepcopy(small)(X)
+        assert_same(small(X), right)
+        for parameter in small.parameters():
+            parameter.data = parameter.data.clone()
+        assert_same(small(X), right)
+    assert len(calls) == 2 * len(factored(small))
+
+
+def test_layers_that_share_factors_compute_with_them_once(gains: dict[int, float], calls: list[int]) -> None:
+    block = Block(
+        (("v", (7, 24)), ("u", (20, 7))),
+        (
+            Op("matmul", "t0", ("x", "v"), Equation.parse("b i, r i -> b r")),
+            Op("matmul", "t1", ("t0", "u"), Equation.parse("b r, o r -> b o")),
+        ),
+        "t1",
+        (("o", 20), ("i", 24), ("r", 7)),
+    )
+    sharing, first = Sharing(frozenset({"v"})), torch.randn(7, 24)
+    shared = nn.ModuleList(
+        FactoredLinear(nn.Linear(24, 20), block, {"v": first, "u": torch.randn(20, 7)}, "any", torch.randn(20), sharing)
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        before = [layer(X) for layer in shared]
+        remarks = kernels.accelerate(shared, rows=(8,))
+        assert [remark.reason for remark in remarks] == ["one product: 3.00 times as fast at 8 rows"] * 2
+        assert_same(torch.stack([layer(X) for layer in shared]), torch.stack(before))
+        assert calls == [3, 3]
+        assert sharing._kept is None, "each layer has had what they share"
+        calls.clear()
+        wide = torch.randn(9, 24)
+        assert_same(shared[1](wide), copy.deepcopy(shared)[1](wide))
+        assert calls == []
+
+
+def test_a_slower_kernel_is_not_used(small: nn.Module, gains: dict[int, float], calls: list[int]) -> None:
+    gains[8] = 1.04
+    remarks = kernels.accelerate(small, rows=(8,))
+    assert all("not used, 1.04 times as fast at 8 rows" in remark.reason for remark in remarks)
+    with torch.no_grad():
+        small(X)
+    assert calls == []
+
+
+def test_other_dtypes_are_not_measured(small: nn.Module) -> None:
+    remarks = kernels.accelerate(small.double(), rows=(8,))
+    assert all("float32, on the processor" in remark.reason for remark in remarks)
+
+
+def test_models_without_factored_layers_have_no_remarks() -> None:
+    assert kernels.accelerate(nn.Sequential(nn.Linear(3, 3), nn.ReLU())) == ()
+
+
+def test_the_measurement_gives_a_ratio_and_leaves_the_model_alone(small: nn.Module) -> None:
+    before = [parameter.clone() for parameter in small.parameters()]
+    state = torch.get_rng_state()
+    layer = factored(small)[0]
+    found = kernels.match(layer.block)
+    assert isinstance(found, kernels.Match)
+    gain = layers.measured(found, layer.factors, layer.bias, 2)
+    assert 0 < gain < 1000
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, small.parameters(), strict=True))
