@@ -197,6 +197,19 @@ def test_what_was_computed_is_taken_only_for_the_same_input_factors_and_mode(cas
     assert block.key(x).requires_grad
 
 
+def test_shapes_are_known_on_the_meta_device(case: Case) -> None:
+    assert copy.deepcopy(case.small).to("meta")(TEST.to("meta")).shape == TEST.shape
+
+
+def test_autocast_counts_as_another_mode(case: Case) -> None:
+    block = copy.deepcopy(case.small)[0]
+    with torch.no_grad():
+        block.query(TEST)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block.key(TEST).dtype == torch.bfloat16
+        assert block.value(TEST).dtype == torch.float32
+
+
 def test_nothing_is_kept_when_all_have_had_it(case: Case) -> None:
     small = copy.deepcopy(case.small)
     small(TEST)

@@ -66,8 +66,9 @@ class Sharing:
         factors = [getattr(self.lead, f"weight_{name}") for name in sorted(self.shared)]
         tensors = [(id(t), -1 if t.is_inference() else t._version) for t in (given, *factors)]
         device = given.device.type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return (*tensors, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if casts else None
+        return (*tensors, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
