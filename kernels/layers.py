@@ -61,7 +61,7 @@ class Accelerated:
         if torch.compiler.is_compiling() or _watched() or torch.is_autocast_enabled("cpu"):
             return None
         operands = (x, *factors.values()) if bias is None else (x, *factors.values(), bias)
-        if not _suits(operands) or (torch.is_grad_enabled() and any(t.requires_grad for t in operands)):
+        if not _suits(operands) or x.is_neg() or (torch.is_grad_enabled() and any(t.requires_grad for t in operands)):
             return None
         rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
         if torch.get_num_threads() != self.threads or not any(rows in span for span in self.rows):
@@ -76,8 +76,8 @@ def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16)) -> tuple[Rema
 
     ``rows``: those that are measured; each stands for those between the one before and itself. Layers of one shape are
     measured once. Returns a remark for each layer: what was measured, or why it stays. Results are within rounding of
-    the stock operators'. The model is changed in place; kernels are not saved with it, and ``accelerate(model, ())``
-    takes them away.
+    the stock operators'; since the choice is measured, two runs can differ by that. The model is changed in place;
+    kernels are not saved with it, and ``accelerate(model, ())`` takes them away.
     """
     steps = sorted({int(n) for n in rows})
     known: dict[Any, list[float]] = {}

@@ -35,7 +35,10 @@ _SCHEMA = (
     f"{_NAME}(Tensor x, Tensor first, Tensor second, Tensor? bias=None, Tensor? order=None, Tensor? place=None, "
     "bool stacked=False) -> Tensor"
 )
-_FAILURES = {1: MemoryError("no memory for the intermediate"), 2: IndexError("an index is out of range")}
+_FAILURES: dict[int, tuple[type[Exception], str]] = {
+    1: (MemoryError, "no memory for the intermediate"),
+    2: (IndexError, "an index is out of range"),
+}
 _registered: list[torch.library.Library] = []
 _LOCK = threading.Lock()
 
@@ -84,23 +87,15 @@ def run(
     """The C code. ``version``: the place in :func:`versions` of the one to run (default: the widest)."""
     code, widest = _code()
     outputs = _outputs(x, first, second, bias, order, place, stacked)
-    if not (x.is_cpu and first.is_cpu and second.is_cpu and x.dtype is torch.float32):
+    given = [t if t is None else t.contiguous() for t in (x, first, second, bias, order, place)]
+    if x.dtype is not torch.float32 or not all(t is None or t.is_cpu for t in given):
         raise ValueError(f"tdc::{_NAME}: the C code takes float32 on the processor")
-    x, first, second = x.contiguous(), first.contiguous(), second.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    order = None if order is None else order.contiguous()
-    place = None if place is None else place.contiguous()
     rank, inputs = first.shape[0], x.shape[-1]
     y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32, device=x.device)
     failed = code(
         widest if version is None else version,
         torch.get_num_threads(),
-        x.data_ptr(),
-        first.data_ptr(),
-        second.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if order is None else order.data_ptr(),
-        None if place is None else place.data_ptr(),
+        *[t if t is None else t.data_ptr() for t in given],
         y.data_ptr(),
         y.numel() // outputs if outputs else 0,
         inputs,
@@ -109,7 +104,8 @@ def run(
         stacked,
     )
     if failed:
-        raise _FAILURES.get(failed, ValueError(f"this processor does not have version {version}"))
+        error, reason = _FAILURES.get(failed, (ValueError, f"this processor does not have version {version}"))
+        raise error(f"tdc::{_NAME}: {reason}")
     return y
 
 

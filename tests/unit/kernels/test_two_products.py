@@ -182,6 +182,11 @@ def test_what_the_c_code_does_not_take_is_refused_by_it_and_run_by_the_operator(
     with pytest.raises(ValueError, match="float32 on the processor"):
         run(*double)
     assert torch.equal(two_products.operator()(*double), reference(*double))
+    for place in (0, 3):
+        meta = list(given)
+        meta[place] = meta[place].to("meta")
+        with pytest.raises(ValueError, match="float32 on the processor"):
+            run(*meta)
     with pytest.raises(ValueError, match="does not have version 9"):
         run(*given, version=9)
 
