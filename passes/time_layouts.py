@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tdc.errors import BudgetError
 from tdc.frontends.program import Stopwatch
 from tdc.ir import Block, Candidate, Remark
 from tdc.planning.budget import Budget
@@ -37,7 +38,8 @@ class TimeLayouts(Pass):
         if unit.options.budget is None or not Budget.parse(unit.options.budget).timed:
             return unit
         watch = unit.program.stopwatch(unit.sites)
-        assert not isinstance(watch, str)  # such a unit was refused
+        if isinstance(watch, str):
+            raise BudgetError(f"the budget {unit.options.budget} names time: {watch}")
         known: dict[object, dict[str, _Curve]] = {}
         timed, remarks = {}, []
         for site in track(unit.sites, "timing layouts", show=unit.options.progress):

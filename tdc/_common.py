@@ -13,10 +13,11 @@ from torch import nn
 from . import decompositions, targets
 from ._search import Goal, evaluated, searched
 from .errors import BudgetError, CalibrationError, OptionError
-from .ir import Cost, Plan
+from .ir import Cost, Plan, Remark
 from .options import Options, named_allocation, takes_budget
 from .passes.base import Pass, Unit
 from .passes.pipeline import APPLYING, COMPRESSING, LOWERING, PROPOSING, Pipeline
+from .passes.time_layouts import TimeLayouts
 from .planning.budget import Budget
 from .report import Report
 from .statistics import Statistics
@@ -29,12 +30,14 @@ __all__ = [
     "check_decided",
     "checked_options",
     "goal_of",
+    "in_time",
     "is_searched",
     "is_timed",
     "new_unit",
     "peeked",
     "realized",
     "reported",
+    "told_times",
 ]
 
 Names = str | Iterable[str] | None
@@ -93,7 +96,7 @@ def new_unit(
     known = Statistics.load(statistics) if isinstance(statistics, (str, Path)) else statistics
     if known is not None and not isinstance(known, Statistics):
         raise OptionError(f"statistics= takes what tdc.calibrate returns, or a path; got {type(known).__name__}")
-    if is_timed(options) and isinstance(reason := program.stopwatch(()), str):
+    if is_timed(options) and calibration is None and isinstance(reason := program.stopwatch(()), str):
         raise BudgetError(f"the budget {Budget.parse(options.budget)} names time: {reason}")
     return Unit(program, targets.get(options.target), options, calibration, probe, known)
 
@@ -101,6 +104,19 @@ def new_unit(
 def is_timed(options: Options) -> bool:
     """Whether the budget names time."""
     return options.budget is not None and Budget.parse(options.budget).timed
+
+
+def in_time(unit: Unit, times: Callable[[], tuple[float, float]]) -> Unit:
+    """With the time of the result beside that of the model before, in seconds, where the budget names time."""
+    if not is_timed(unit.options):
+        return unit
+    old, new = times()
+    return unit.remarking(Remark("", TimeLayouts.name, told_times(old, new)))
+
+
+def told_times(old: float, new: float) -> str:
+    """``old`` and ``new`` in seconds."""
+    return f"the example takes {new / old:.3g} of the dense time: {1e3 * old:.3g} -> {1e3 * new:.3g} ms"
 
 
 def realized(

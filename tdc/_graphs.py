@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._common import Names, check_decided, checked_options, goal_of, new_unit, peeked, realized, reported
+from ._common import Names, check_decided, checked_options, goal_of, in_time, new_unit, peeked, realized, reported
 from .archive import RECORD, stored_report
 from .errors import DestinationError, ModelError
 from .ir import Plan
@@ -73,6 +73,7 @@ def compress_onnx(
 
         options, goal = goal_of(options, evaluate, metric_drop, into, written)
         unit = realized(new_unit(program, options, calibration, statistics, probe), plan, goal=goal)
+    unit = in_time(unit, lambda: program.times(unit.result))
     made = replace(reported(unit, before, OnnxProgram(unit.result, None).cost(batch)), files=(file_size(into), 0))
     save_model(unit.result, out, source=into, metadata={"tdc.report": made.to_json()})
     return stored_report(out)
@@ -124,6 +125,7 @@ def compress_export(
         options, evaluate, metric_drop, program, lambda result: export_again(program, opened, result)
     )
     unit = realized(new_unit(opened, options, calibration, statistics, probe), plan, goal=goal)
+    unit = in_time(unit, lambda: opened.times(unit.result))
     made = reported(unit, before, opened.cost_of(unit.result))
     small = export_again(program, opened, unit.result)
     assert unit.plan is not None

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ._common import check_decided, checked_options, is_timed
+from ._common import check_decided, checked_options
 from ._lowering import INNER, Lowering
-from .errors import BudgetError, OptionError
+from .errors import OptionError
 from .ir import Plan
 from .options import Options, takes_budget
 from .statistics import Statistics
@@ -98,8 +98,6 @@ class Settings:
             _say_the_default(chosen["calibrate_calls"])
         options = checked_options(**{name: chosen.pop(name, default) for name, default in _OPTIONS.items()})
         check_decided(options, plan)
-        if is_timed(options):
-            raise BudgetError(f"the budget {options.budget} names time: that is measured for modules, by tdc.compress")
         made = cls(options, plan, statistics, **chosen, mode=mode, given=given)
         made._check_values()
         return made

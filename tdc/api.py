@@ -20,6 +20,7 @@ from ._common import (
     peeked,
     realized,
     reported,
+    told_times,
 )
 from ._graphs import compress_export, compress_onnx
 from ._search import searched
@@ -35,6 +36,7 @@ from .passes.calibrate import Calibrate
 from .passes.find_sites import FindSites
 from .passes.group_sites import GroupSites
 from .passes.pipeline import PLANNING, PROPOSING, Pipeline
+from .passes.time_layouts import TimeLayouts
 from .report import Report
 from .statistics import Statistics
 
@@ -254,11 +256,7 @@ def _finished(unit: Unit, model: nn.Module, before: Cost, example: Any, heal: bo
         healed(small, model, unit.anchors, how, progress=unit.options.progress)
     if is_timed(unit.options) and small is not model:
         old, new = times(model, small, example)
-        noted(
-            small,
-            "time-layouts",
-            f"the example takes {new / old:.3g} of the dense time: {1e3 * old:.3g} -> {1e3 * new:.3g} ms",
-        )
+        noted(small, TimeLayouts.name, told_times(old, new))
     note_in_config(small, small.__dict__[RECORD])
     return small
 

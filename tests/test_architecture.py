@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LINKS = ("kernels", "passes")
 
 LEAVES = {"errors", "files", "options", "progress"}
-SHARED = {"frontends.count", "frontends.graph", "frontends.lockstep", "frontends.program"}
+SHARED = {"frontends.clock", "frontends.count", "frontends.graph", "frontends.lockstep", "frontends.program"}
 """What several frontends use."""
 FRONTENDS = {"frontends", "frontends.fx", "frontends.nn", "frontends.onnx"} | SHARED
 MAY_IMPORT: dict[str, set[str]] = {

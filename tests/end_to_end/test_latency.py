@@ -11,10 +11,19 @@ import torch
 from torch import nn
 
 import tdc
+from tdc import targets
 from tdc.errors import BudgetError
+from tdc.frontends.fx import FxProgram
+from tdc.frontends.fx.export import open_exported
 from tdc.frontends.nn import NnProgram
 from tdc.frontends.nn.timing import Stopwatch
+from tdc.frontends.onnx import OnnxProgram, load_model
+from tdc.frontends.onnx.timing import Stopwatch as OnnxStopwatch
 from tdc.ir import Block, Site
+from tdc.options import Options
+from tdc.passes.base import Unit
+from tdc.passes.pipeline import PROPOSING, Pipeline
+from tdc.passes.propose_layouts import lowered
 from tdc.planning.budget import Budget
 
 DATA = [torch.randn(64, 48, generator=torch.Generator().manual_seed(k)) for k in range(6)]
@@ -152,16 +161,95 @@ def test_on_this_machine() -> None:
 
 
 def test_what_cannot_be_timed_is_refused_before_the_work(tmp_path: Path) -> None:
-    path = tmp_path / "dense.onnx"
-    torch.onnx.export(model(), (DATA[0],), path, dynamo=True, verbose=False)
-    with pytest.raises(BudgetError, match="names time: times of ONNX files are not measured"):
-        tdc.plan(path, budget="latency=0.7", calibration=[{"no": 1}], progress=False)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="names time"):
-        torch.compile(model(), backend="tdc", options={"budget": "latency=0.7"})(DATA[0])
+    path = tmp_path / "open.onnx"
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(model(), (DATA[0],), path, dynamo=True, verbose=False, dynamic_shapes=(batch,))
+    with pytest.raises(BudgetError, match="names time: that is measured on calibration data, since the file leaves"):
+        tdc.plan(path, budget="latency=0.7", progress=False)
     with pytest.raises(BudgetError, match="allocation lagrangian"):
         planned("latency=0.7", allocation="uniform")
     with pytest.raises(BudgetError, match="do not go together"):
         tdc.pareto(model(), DATA[0], budgets=["latency=0.7", "params=0.5"], calibration=DATA, progress=False)
+
+
+def mixed() -> nn.Sequential:
+    """Convolutions with a normalisation behind one, an addition of a constant, and a product."""
+    torch.manual_seed(4)
+    layers = [nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 32, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 36, 40)).eval()
+
+
+PICTURES = [torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+
+
+def exported(net: nn.Module, example: torch.Tensor, path: Path) -> OnnxProgram:
+    torch.onnx.export(net, (example,), path, dynamo=True, verbose=False)
+    return OnnxProgram(load_model(path), path)
+
+
+def captured(net: nn.Module, example: torch.Tensor) -> FxProgram:
+    return open_exported(torch.export.export(net, (example,)))
+
+
+@pytest.mark.parametrize("door", ["onnx", "fx"])
+@pytest.mark.parametrize(("make", "data"), [(model, DATA), (mixed, PICTURES)])
+def test_the_other_doors_time_every_site_and_every_block_of_it(
+    door: str, make: Any, data: list[torch.Tensor], tmp_path: Path
+) -> None:
+    program: Any = exported(make(), data[0], tmp_path / "m.onnx") if door == "onnx" else captured(make(), data[0])
+    sites, _ = program.sites()
+    watch = program.stopwatch(sites)
+    seconds, part = watch.model()
+    assert seconds > 0
+    assert 0 < part <= 1
+    assert len({watch.key(site) for site in sites}) == 3
+    options = Options("params=0.6", "weight", "cpu", (), (), "lagrangian", 0, False)
+    unit = Pipeline(PROPOSING).run(Unit(program, targets.get("cpu"), options))
+    for site in sites:
+        formats = {c.decomposition: c for c in unit.candidates[site.order] if not c.is_dense}
+        blocks = [lowered(unit.target, candidate)[1] for candidate in formats.values()]
+        taken = watch.site(site, blocks)
+        assert len(taken) == 1 + len(blocks)
+        assert all(0 < value < 1 for value in taken)
+
+
+def test_more_work_takes_more_time_in_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2048), nn.ReLU(), nn.Linear(2048, 2048)).eval()
+    program = exported(net, torch.randn(64, 32), tmp_path / "m.onnx")
+    sites, _ = program.sites()
+    watch = program.stopwatch(sites)
+    assert isinstance(watch, OnnxStopwatch)
+    small, _, large = (watch.site(site, [])[0] for site in sites)
+    assert large > 10 * small  # of four thousand times the work
+    assert watch.model()[1] > 0.5
+
+
+@pytest.mark.parametrize("door", ["onnx", "fx", "torch.compile"])
+def test_the_other_doors_plan_within_time(door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for program in (OnnxProgram, FxProgram):
+        monkeypatch.setattr(program, "stopwatch", lambda self, sites: Fake(tuple(sites)))
+    if door == "onnx":
+        path = tmp_path / "dense.onnx"
+        torch.onnx.export(model(), (DATA[0],), path, dynamo=True, verbose=False)
+        batches = [(batch.numpy(),) for batch in DATA]
+        report = tdc.compress_onnx(path, tmp_path / "small.onnx", budget="latency=0.7", calibration=batches)
+    elif door == "fx":
+        program = torch.export.export(model(), (DATA[0],))
+        small = tdc.compress_export(program, budget="latency=0.7", calibration=DATA, progress=False)
+        report = tdc.report(small)
+    else:
+        options = {"budget": "latency=0.7", "calibration": DATA, "inner": "eager", "strict": True}
+        compiled = torch.compile(model(), backend="tdc", options=options)
+        with torch.no_grad():
+            compiled(DATA[0])
+        report = tdc.report(compiled)
+    if door != "torch.compile":
+        assert any("the example takes" in r.reason and "ms" in r.reason for r in report.remarks)
+    dense = report.before.seconds
+    whole = dense / (1 - OUTSIDE)
+    assert dense == pytest.approx(RATE * (48 * 96 + 96 * 96 + 96 * 40), rel=1e-3)
+    assert 0.6 * whole < whole - dense + report.after.seconds <= 0.7 * whole * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(

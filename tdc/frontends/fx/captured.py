@@ -139,6 +139,19 @@ class Bound:
     def outputs(self, values: Values, changes: Mapping[fx.Node, Override]) -> Mapping[str, Tensor]:
         return self.captured.label(self.run(values, changes=changes))
 
+    def repeated(self, values: Values) -> Callable[[], Any]:
+        """Runs the graph on the same values each time, without what :meth:`run` does around it."""
+        if any(node.op == "get_attr" for node in self.captured.written):
+            return lambda: self.run(values)
+        given = self._fitting(dict(zip(self.captured.inputs, values, strict=True)))[0]
+        arguments = [self._argument(node, given) for node in self.captured.placeholders]
+
+        def run() -> Any:
+            with undisturbed(), self.captured.context():
+                return self.captured.module.forward(*arguments)
+
+        return run
+
     def _copy_of(self, node: fx.Node) -> Override:
         return lambda args: self.tensors[node].clone()
 

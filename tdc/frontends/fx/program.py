@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +11,17 @@ from torch import Tensor, fx
 
 from ...errors import CalibrationError, ModelError
 from ...ir import Block, Cost, Remark, Site, window_attributes
-from ..count import Counter
+from ..clock import seconds_of
 from ..graph import fold_norm, gain_before, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Replacement, Tap, sketch
-from .captured import Bound, Captured, Override, Values, alongside, passes_on, undisturbed
+from .captured import Bound, Override, Values, alongside, passes_on, undisturbed
+from .cost import graph_cost
 from .match import Use, Weight, canonical, match, plain, storage_key
 from .rewrite import Cut, Rewritten, reader_of, rewrite, sources
+from .timing import Stopwatch, met_in
 
-__all__ = ["Batch", "FxProgram", "run_cost"]
+__all__ = ["Batch", "FxProgram"]
 
 Batch = tuple[int, Values]
 """A place among the program's graphs, and the inputs of that graph."""
@@ -43,6 +44,7 @@ class FxProgram:
         self._by_order = dict(enumerate(self._matched[0][0]))
         self._elsewhere = [{storage_key(w.tensor): w for w in found} for found, _ in self._matched]
         self.replacements: dict[int, Replacement] = {}
+        self._seen = example
 
     # ---- reading
 
@@ -119,16 +121,16 @@ class FxProgram:
 
     def cost(self, batch: Batch | None = None) -> Cost:
         place, values = batch or self.example or (0, None)
-        counted = run_cost(self.bounds[place], values)
-        stored = {storage_key(t): t for t in self.bounds[0].tensors.values()}.values()
-        return Cost(
-            sum(t.numel() for t in stored if t.is_floating_point()),
-            sum(t.numel() * t.element_size() for t in stored),
-            *counted,
-        )
+        return graph_cost(self.bounds[place], self.bounds[0].tensors.values(), values)
 
     def cost_of(self, new: Rewritten) -> Cost:
         """The same of the program's first graph after it was rewritten."""
+        after = self._after(new)
+        values = self.example[1] if self.example is not None and self.example[0] == 0 else None
+        return graph_cost(after, after.tensors.values(), values)
+
+    def _after(self, new: Rewritten) -> Bound:
+        """The program's first graph after it was rewritten."""
         captured, tensors = self.bounds[0].captured, self.bounds[0].tensors
         placeholders = new.module.graph.find_nodes(op="placeholder")
         held = {
@@ -141,14 +143,7 @@ class FxProgram:
         attributes = new.module.graph.find_nodes(op="get_attr")
         held |= {node: own[str(node.target)] for node in attributes if str(node.target) in own}
         names = {node: (node.name,) for node in held}
-        values = self.example[1] if self.example is not None and self.example[0] == 0 else None
-        counted = run_cost(Bound(replace(captured, module=new.module, names=names), held), values)
-        stored = {storage_key(t): t for t in held.values()}.values()
-        return Cost(
-            sum(t.numel() for t in stored if t.is_floating_point()),
-            sum(t.numel() * t.element_size() for t in stored),
-            *counted,
-        )
+        return Bound(replace(captured, module=new.module, names=names), held)
 
     # ---- running
 
@@ -166,6 +161,7 @@ class FxProgram:
 
     def observe(self, batch: Batch, sites: Iterable[Site], tap: Tap) -> None:
         place, values = batch
+        self._seen = self._seen or batch
         taps: dict[fx.Node, list[Callable[[Any], None]]] = {}
         for site in sites:
             weight = self._in(place, site.order)
@@ -266,8 +262,21 @@ class FxProgram:
 
     # ---- cutting
 
-    def stopwatch(self, sites: Iterable[Site]) -> str:
-        return "times of captured graphs are not measured"
+    def stopwatch(self, sites: Iterable[Site]) -> Stopwatch | str:
+        """On the example, else on the first batch that was observed."""
+        if self._seen is None:
+            return "that is measured on example inputs or calibration data, and there are none"
+        place, values = self._seen
+        bound, sites = self.bounds[place], tuple(sites)
+        uses = {site.order: weight.uses for site in sites if (weight := self._in(place, site.order)) is not None}
+        self.pause()
+        return Stopwatch(bound.repeated(values), sites, met_in(bound, values, uses))
+
+    def times(self, new: Rewritten) -> tuple[float, float]:
+        """Seconds of a run of the program's first graph and of what came of it, called in turn."""
+        assert self._seen is not None
+        old, small = seconds_of([[bound.repeated(self._seen[1])] for bound in (self.bounds[0], self._after(new))])
+        return old, small
 
     def declines(self, site: Site, block: Block) -> str | None:
         return None
@@ -309,21 +318,6 @@ class FxProgram:
             )
             found |= {id(self.bounds[0].tensors[root]): cut for root in weight.roots}
         return found
-
-
-def run_cost(bound: Bound, values: Values | None) -> tuple[float, int]:
-    """Multiply-adds and peak bytes of activations of one run; 0 without values."""
-    if values is None:
-        return 0.0, 0
-    counter = Counter()  # entered inside the run, which switches other modes off
-    Bound(replace(bound.captured, context=lambda: _both(bound.captured, counter)), bound.tensors).run(values)
-    return counter.macs, counter.peak
-
-
-@contextmanager
-def _both(captured: Captured, counter: Counter) -> Iterator[None]:
-    with captured.context(), counter:
-        yield
 
 
 def _is_record(batch: Any) -> bool:

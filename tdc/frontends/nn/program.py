@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import CalibrationError, ModelError
 from ...ir import Block, Cost, Decline, Remark, Site, window_attributes
+from ..clock import seconds_of
 from ..count import Counter
 from ..graph import floating_outputs, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
@@ -24,7 +25,7 @@ from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
 from .running import evaluation, holding, hooks, pre_hooks, standing_in, untrained
 from .sharing import Sharing
-from .timing import Stopwatch, seconds_of
+from .timing import Stopwatch
 from .weights import (
     Weight,
     called_place,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...ir import Block, Site
+from ..clock import Run, copies_of, once, seconds_of, stand_ins, stored_numbers
 from .factored import factored
 
-__all__ = ["Stopwatch", "seconds_of"]
+__all__ = ["Stopwatch"]
 
-_COLD = 64 << 20
-"""Bytes of weights that copies of a layer take together, so that the caches do not hold them from call to call."""
-_MOST_COPIES = 12
-_BUDGET = 0.1
-"""Seconds spent on a contestant."""
-_LAPS = (15, 60)
 _RUNS = 9
-
-Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class Stopwatch:
             with self.context():
                 for lap in range(_RUNS + 1):
                     inside = 0.0
-                    whole = _once(self.whole)
+                    whole = once(self.whole)
                     if lap:
                         taken.append(whole)
                         shares.append(inside / whole)
@@ -92,32 +84,16 @@ def _run(layer: nn.Module, activations: Sequence[Tensor]) -> Run:
     return run
 
 
-def seconds_of(contestants: Sequence[Sequence[Run]]) -> list[float]:
-    """Seconds of the fastest call of each contestant, called in turn; each has copies, one after the other."""
-    taken: list[list[float]] = [[] for _ in contestants]
-    with torch.inference_mode():
-        for copies in contestants:
-            for run in copies[:2]:
-                run()
-        first = [_once(copies[-1]) for copies in contestants]
-        laps = min(max(math.ceil(_BUDGET / max(statistics.median(first), 1e-7)), _LAPS[0]), _LAPS[1])
-        for lap in range(laps):
-            for own, copies in zip(taken, contestants, strict=True):
-                own.append(_once(copies[lap % len(copies)]))
-    return [min(own) for own in taken]
-
-
-def _once(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def _like(weight: Tensor, seed: int) -> Tensor:
+    made = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(weight).copy_(made)
 
 
 def _dense(module: nn.Module) -> list[nn.Module]:
     weight, bias = module._parameters["weight"], module._parameters.get("bias")
     assert weight is not None
-    count = _copies(weight.numel() * weight.element_size())
-    return [_bare(module, torch.randn_like(weight), bias) for _ in range(count)]
+    count = copies_of(weight.numel() * weight.element_size())
+    return [_bare(module, _like(weight, seed), bias) for seed in range(count)]
 
 
 def _bare(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -135,20 +111,10 @@ def _replaced(module: nn.Module, block: Block) -> list[nn.Module]:
     like = module._parameters["weight"]
     assert like is not None
     bare = _bare(module, like, module._parameters.get("bias"))
-    numbers = sum(math.prod(shape) for _, shape in block.factors)
-    return [_with_block(bare, block, like) for _ in range(_copies(numbers * like.element_size()))]
+    count = copies_of(stored_numbers(block) * like.element_size())
+    return [_with_block(bare, block, like, seed) for seed in range(count)]
 
 
-def _with_block(bare: nn.Module, block: Block, like: Tensor) -> nn.Module:
-    read = {op.inputs[1]: op for op in block.ops if op.kind == "take"}
-    factors = {
-        name: torch.randperm(shape[0]).to(like.device, torch.int32)
-        if name in read
-        else torch.randn(shape, dtype=like.dtype, device=like.device)
-        for name, shape in block.factors
-    }
+def _with_block(bare: nn.Module, block: Block, like: Tensor, seed: int) -> nn.Module:
+    factors = stand_ins(block, like.dtype, like.device, seed)
     return factored(bare, block, factors, "", bare._parameters.get("bias")).eval()
-
-
-def _copies(size: int) -> int:
-    return max(1, min(_MOST_COPIES, math.ceil(_COLD / max(size, 1))))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import CalibrationError, PlanError, VerificationError
 from ...ir import Block, Cost, Remark, Site
+from ..clock import seconds_of
 from ..program import Change, Replacement, Tap
 from .calibration import Batch, read_batches
 from .cost import run_cost
@@ -26,6 +27,7 @@ from .running import Fed, clone, double, moved, with_taps, with_weight_inputs
 from .runtime import Session, first_line, free_names, ort_errors
 from .tail import scales
 from .tensors import array, constant_tensor, graphs, to_torch
+from .timing import Met, Stopwatch, example_of, whole
 from .uses import Match, Use
 
 __all__ = ["OnnxProgram"]
@@ -42,6 +44,7 @@ class OnnxProgram:
         self._replacements: dict[int, Replacement] = {}
         self._tapped: dict[tuple[int, ...], tuple[Session, tuple[str, ...]]] = {}
         self._open: tuple[Session, tuple[Fed, ...]] | None = None
+        self._seen: Batch | None = None
 
     @property
     def _matches(self) -> tuple[Match, ...]:
@@ -84,6 +87,7 @@ class OnnxProgram:
     def observe(self, batch: Batch, sites: Iterable[Site], tap: Tap) -> None:
         """Run the dense model and hand over what enters every use of the sites (of a product: input axis last)."""
         sites = tuple(sites)
+        self._seen = self._seen or batch
         session, names = self._tapped_session(tuple(site.order for site in sites))
         values = dict(zip(names, self._run(session, names, batch), strict=True))
         shown: dict[tuple[str, bool], Tensor] = {}
@@ -95,17 +99,17 @@ class OnnxProgram:
                 tap(site, shown[key])
 
     def _activation(self, use: Use, values: Mapping[str, Any], batch: Batch) -> Tensor:
+        tensor = to_torch(self._entries(use, values, batch))
+        return tensor.swapaxes(-1, -2) if _turned(use) else tensor
+
+    def _entries(self, use: Use, values: Mapping[str, Any], batch: Batch) -> Any:
+        """What enters a use: computed, given, or stored."""
         value = use.activation
         name = value.name or ""
-        if name in values:
-            entries = values[name]
-        elif name in batch:
-            entries = batch[name]
-        else:
-            assert value.const_value is not None
-            entries = array(value.const_value)
-        tensor = to_torch(entries)
-        return tensor.swapaxes(-1, -2) if _turned(use) else tensor
+        if name in values or name in batch:
+            return values[name] if name in values else batch[name]
+        assert value.const_value is not None
+        return array(value.const_value)
 
     def gradients(
         self, batch: Any, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
@@ -162,8 +166,28 @@ class OnnxProgram:
                 yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
             yield from (tensor for node in graph if (tensor := constant_tensor(node)) is not None)
 
-    def stopwatch(self, sites: Iterable[Site]) -> str:
-        return "times of ONNX files are not measured"
+    def stopwatch(self, sites: Iterable[Site]) -> Stopwatch | str:
+        """On the first batch that was observed, else on made-up inputs, where the file fixes all sizes."""
+        batch, sites = self._example(), tuple(sites)
+        if batch is None:
+            return "that is measured on calibration data, since the file leaves sizes open, and there are none"
+        met: dict[int, list[Met]] = {}
+        if sites:  # asked for none, it says that times can be had
+            session, names = self._tapped_session(tuple(site.order for site in sites))
+            values = dict(zip(names, self._run(session, names, batch), strict=True))
+            for site in sites:
+                uses = self._match(site.order).uses
+                met[site.order] = [Met(use, self._entries(use, values, batch)) for use in uses]
+        return Stopwatch(self.model, whole(self.model, batch), sites, met)
+
+    def _example(self) -> Batch | None:
+        return self._seen or example_of(self.model.graph.inputs)
+
+    def times(self, result: ir.Model) -> tuple[float, float]:
+        """Seconds of a run of the model and of one that came of it, called in turn."""
+        batch = self._example() or {}
+        old, new = seconds_of([[whole(self.model, batch)], [whole(result, batch)]])
+        return old, new
 
     def declines(self, site: Site, block: Block) -> str | None:
         kinds = {op.kind for op in block.ops}

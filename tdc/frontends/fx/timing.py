@@ -1,0 +1,154 @@
+"""How long the operators of a graph take on this machine, as they are and as blocks: each by itself, operator by
+operator, without what a compiler fuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...ir import Block, Site
+from ..clock import Run, copies_of, part_of_run, seconds_of, stand_ins, stored_numbers
+from ..program import Replacement
+from .captured import Bound, Values
+from .emit import Emitter
+from .match import Use
+
+__all__ = ["Met", "Stopwatch", "met_in"]
+
+
+@dataclass(frozen=True, eq=False)
+class Met:
+    """A use, and the arguments that its operator got."""
+
+    use: Use
+    args: tuple[Any, ...]
+
+    @property
+    def activation(self) -> Tensor:
+        given = self.args[self.use.node.args.index(self.use.activation)]
+        assert isinstance(given, Tensor)
+        return given
+
+    @property
+    def weight(self) -> int:
+        """The place of the weight among the arguments."""
+        others = (self.use.activation, self.use.bias, self.use.rest)
+        nodes = [k for k, a in enumerate(self.use.node.args) if isinstance(a, fx.Node) and a not in others]
+        return nodes[0]
+
+
+def met_in(bound: Bound, values: Values, uses: Mapping[int, Sequence[Use]]) -> dict[int, list[Met]]:
+    """What the uses of each site meet when the graph runs on these values."""
+    met: dict[int, list[Met]] = {}
+    taps: dict[fx.Node, list[Callable[[Any], None]]] = {}
+    for order, own in uses.items():
+        there = met.setdefault(order, [])
+        for use in own:
+            taps.setdefault(use.node, []).append(lambda args, there=there, use=use: there.append(Met(use, args)))  # type: ignore[misc]
+    if taps:
+        bound.run(values, taps=taps)
+    return met
+
+
+@dataclass(frozen=True, eq=False)
+class Stopwatch:
+    """Times a graph, and single operators on arguments that they met in it. ``met``: by ``site.order``."""
+
+    whole: Run
+    sites: Sequence[Site]
+    met: Mapping[int, Sequence[Met]]
+
+    def model(self) -> tuple[float, float]:
+        """Seconds of a run of the whole graph, the fastest, and what part of a run its sites take."""
+        alike: dict[object, list[Site]] = {}
+        for site in self.sites:
+            alike.setdefault(self.key(site), []).append(site)
+        inside = [(_in_turn([_dense(met)[0] for met in self.met[own[0].order]]), len(own)) for own in alike.values()]
+        return part_of_run(self.whole, inside)
+
+    def key(self, site: Site) -> object:
+        """Equal for sites that take the same time."""
+        shapes = tuple(
+            (str(met.use.node.target), tuple(_shape(a) for a in met.args)) for met in self.met.get(site.order, ())
+        )
+        return (site.kind, site.sizes, site.attributes, site.dtype, site.layout, shapes)
+
+    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
+        """Seconds that a site takes in a run, as it is and in place of it with each of the blocks."""
+        met = self.met[site.order]
+        contestants = [[_dense(one) for one in met], *([_replaced(one, block) for one in met] for block in blocks)]
+        return seconds_of([[_in_turn(runs) for runs in zip(*own, strict=True)] for own in contestants])
+
+
+def _shape(given: Any) -> object:
+    return (tuple(given.shape), given.stride(), given.dtype) if isinstance(given, Tensor) else str(given)
+
+
+def _in_turn(runs: Sequence[Run]) -> Run:
+    def run() -> None:
+        for one in runs:
+            one()
+
+    return run
+
+
+def _dense(met: Met) -> list[Run]:
+    """The operator with other weights of the same memory format."""
+    weight = met.args[met.weight]
+    target, kwargs = met.use.node.target, dict(met.use.node.kwargs)
+    assert callable(target)
+    args = [list(met.args) for _ in range(copies_of(weight.numel() * weight.element_size()))]
+    for seed, own in enumerate(args):
+        made = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        own[met.weight] = torch.empty_like(weight).copy_(made)
+    return [partial(target, *own, **kwargs) for own in args]
+
+
+def _replaced(met: Met, block: Block) -> list[Run]:
+    """A graph of the block alone, with its constants as arguments."""
+    like, dtype = met.args[met.weight], met.use.dtype or met.args[met.weight].dtype
+    made = [
+        stand_ins(block, dtype, like.device, seed)
+        for seed in range(copies_of(stored_numbers(block) * like.element_size()))
+    ]
+    given = [a for a in met.args if isinstance(a, Tensor)]
+    graphs = [_graph(met, Replacement(block, factors, "")) for factors in made]
+    return [partial(module.forward, *given, *constants) for module, constants in graphs]
+
+
+def _graph(met: Met, new: Replacement) -> tuple[fx.GraphModule, list[Tensor]]:
+    graph, constants, last = fx.Graph(), list[Tensor](), list[fx.Node]()
+    moved: dict[fx.Node, fx.Node] = {}
+    args: list[Any] = []
+    for old, given in zip(met.use.node.args, met.args, strict=True):
+        if isinstance(given, Tensor):
+            last[:] = [graph.placeholder(f"a{len(args)}")]
+            last[0].meta["val"] = given
+            moved.setdefault(old, last[0])  # type: ignore[arg-type]
+        args.append(last[0] if isinstance(given, Tensor) else given)
+    assert callable(met.use.node.target)
+    node = graph.call_function(met.use.node.target, tuple(args), dict(met.use.node.kwargs))
+    graph.output(node)
+
+    def constant(name: str, tensor: Tensor) -> fx.Node:
+        with graph.inserting_after(last[0]):
+            last[:] = [graph.placeholder(name.replace(".", "_"))]
+        constants.append(tensor)
+        return last[0]
+
+    use = met.use
+    there = replace(
+        use,
+        node=node,
+        activation=moved[use.activation],
+        bias=moved.get(use.bias) if use.bias is not None else None,
+        rest=moved.get(use.rest) if use.rest is not None else None,
+    )
+    Emitter(graph, constant).replace(there, None, new, "timed", "", None)
+    return fx.GraphModule(torch.nn.Module(), graph), constants
