@@ -1,31 +1,54 @@
 """What each part of planning and fitting brings to the accuracy, at equal budgets.
 
-    python benchmarks/bench_accuracy.py vgg11 | minilm | smollm2 [--parts input fisher anchored healed] [--budgets ...]
+    python benchmarks/bench_accuracy.py vgg11 | minilm | smollm2 [--parts ...] [--budgets ...] [--draw 0]
 
 `input`: planned and fitted in the metric of the inputs. `fisher`: in that of the output gradients too. `anchored`: each
 layer fitted on what the layers before it, already cut, give. `healed`: then trained on the same data, without labels.
-Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics, fits and healing, 20000
-to 20511 for the sensitivities, the 5,000 development images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64
-and 512. SmolLM2: windows of WikiText-2's validation part, 0 to 23, the first 128 tokens of 24 to 27, and 40 to 59.
+Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no pivoted` (formats without gathers),
+`no joint` (inputs that layers share are not made use of), `no bias` (the mean of an error does not go into the bias).
 
-Rows are added to results/accuracy.csv, in place of earlier ones of the same model, part and budget.
+Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics, fits and healing (draws
+1 and 2: 8192 to 16383, 24576 to 32767), 20000 to 20511 for the sensitivities, the 5,000 development images to measure
+on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512. SmolLM2: windows of WikiText-2's validation part, 0 to 23
+(draws 1 and 2: 60 to 83, 84 to 107), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`: perplexity on text of
+another domain, docstrings of Python's standard library, over the dense one. `--statistics`: kept in that file, or read
+from it.
+
+Rows are added to results/accuracy.csv, in place of earlier ones of the same model, part, budget and draw.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import read_rows, shared_data, write_rows
 from torch import nn
 
 import tdc
+from tdc.passes.propose_joint import ProposeJoint
 
 NAME = "accuracy"
-KEYS = ("model", "part", "budget")
-PARTS = ("input", "fisher", "anchored", "healed")
+KEYS = ("model", "part", "budget", "draw")
+PARTS: dict[str, dict[str, Any]] = {
+    "input": {"metric": "input"},
+    "fisher": {},
+    "anchored": {"calibrated": True},
+    "healed": {"calibrated": True, "healed": True},
+    "uniform": {"allocation": "uniform"},
+    "no pivoted": {"allow": ("svd", "output_svd", "input_svd", "spatial_svd", "tucker2")},
+    "no joint": {"joint": False},
+    "no bias": {"bias": False},
+}
 BUDGETS = {
     "vgg11": ("params=0.2", "params=0.1", "params=0.05", "macs=0.25"),
     "minilm": ("params=0.8", "params=0.6", "params=0.4"),
@@ -36,11 +59,12 @@ BUDGETS = {
 class Vgg11:
     heal = tdc.Heal(epochs=12, rate=2e-4)
 
-    def __init__(self) -> None:
+    def __init__(self, draw: int = 0) -> None:
         from vgg import accuracy, cifar, load_vgg11
 
         self.model: nn.Module = load_vgg11()
-        self.calibration: Any = list(cifar("train", 8192)[0].split(256))
+        start = (0, 8192, 24576)[draw]
+        self.calibration: Any = list(cifar("train", 8192, start)[0].split(256))
         self.probe: Any = list(cifar("train", 512, 20000)[0].split(256))
         self._data, self._accuracy = cifar("dev"), accuracy
         self._dense = self._accuracy(self.model, *self._data)
@@ -53,12 +77,14 @@ class Vgg11:
 class MiniLM:
     heal = tdc.Heal(epochs=12, rate=1e-4, examples=16)
 
-    def __init__(self) -> None:
+    def __init__(self, draw: int = 0) -> None:
         from tdc.demo import Encoder, load_minilm, sentences
 
         self.model, tokenizer = load_minilm()
         self.encoder, texts = Encoder(tokenizer), sentences()
         shuffled = [texts[k] for k in torch.randperm(len(texts)).tolist()]
+        if draw:
+            raise SystemExit("skipped: there are sentences for one draw only")
         parts = (shuffled[:2048], shuffled[2048:2112], shuffled[2112:2624])
         self.calibration, self.probe, self._held_out = (self.encoder.batches(part) for part in parts)
         self._reference = self.encoder.of_module(self.model, self._held_out)
@@ -71,20 +97,40 @@ class MiniLM:
 class SmolLM2:
     heal = tdc.Heal(epochs=3, rate=1e-4, examples=1)
 
-    def __init__(self) -> None:
+    def __init__(self, draw: int = 0) -> None:
         from bench_smollm2 import WINDOW, load, perplexity
 
         self.model, tokenizer = load()
         ids = torch.tensor(tokenizer(shared_data("wikitext2_valid.txt").read_text()).input_ids)
-        windows = [ids[k * WINDOW : (k + 1) * WINDOW][None] for k in range(60)]
-        self.calibration = [{"input_ids": w, "use_cache": False} for w in windows[:24]]
+        windows = [ids[k * WINDOW : (k + 1) * WINDOW][None] for k in range(108)]
+        first = (0, 60, 84)[draw]
+        self.calibration = [{"input_ids": w, "use_cache": False} for w in windows[first : first + 24]]
         self.probe = [{"input_ids": torch.cat([w[:, :128] for w in windows[24:28]]), "use_cache": False}]
         self._held_out, self._perplexity = windows[40:60], perplexity
-        self._dense = perplexity(self.model, self._held_out)
+        other = torch.tensor(tokenizer(docstrings()).input_ids)
+        self._elsewhere = [other[k * WINDOW : (k + 1) * WINDOW][None] for k in range(8)]
+        self._dense = [perplexity(self.model, part) for part in (self._held_out, self._elsewhere)]
 
     def measured(self, small: nn.Module) -> dict[str, str]:
-        found = self._perplexity(small, self._held_out)
-        return {"accuracy": f"{found:.3f}", "against dense": f"{found / self._dense:.4f} times the perplexity"}
+        found, other = (self._perplexity(small, part) for part in (self._held_out, self._elsewhere))
+        return {
+            "accuracy": f"{found:.3f}",
+            "against dense": f"{found / self._dense[0]:.4f} times the perplexity",
+            "elsewhere": f"{other / self._dense[1]:.4f}",
+        }
+
+
+def docstrings() -> str:
+    """Those of modules of Python's standard library, in order of their names: English of another domain."""
+    names = ("argparse", "asyncio.events", "collections", "decimal", "difflib", "email.message", "fractions", "heapq")
+    names += ("ipaddress", "json", "logging", "optparse", "pathlib", "pickle", "random", "statistics", "subprocess")
+    found = []
+    for name in names:
+        module = importlib.import_module(name)
+        things = [module, *(value for _, value in sorted(vars(module).items()) if isinstance(value, type))]
+        things += [v for thing in things[1:] for _, v in sorted(vars(thing).items()) if callable(v)]
+        found += [text for thing in things if (text := inspect.getdoc(thing))]
+    return "\n\n".join(dict.fromkeys(found))
 
 
 CASES: dict[str, Any] = {"vgg11": Vgg11, "minilm": MiniLM, "smollm2": SmolLM2}
@@ -93,44 +139,71 @@ CASES: dict[str, Any] = {"vgg11": Vgg11, "minilm": MiniLM, "smollm2": SmolLM2}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=CASES)
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=["input", "fisher", "anchored", "healed"])
     parser.add_argument("--budgets", nargs="*")
+    parser.add_argument("--draw", type=int, choices=(0, 1, 2), default=0)
+    parser.add_argument("--statistics", type=Path)
     given = parser.parse_args()
     torch.manual_seed(0)
-    case = CASES[given.model]()
-    example = case.calibration[0]
-    exclude = "pooler.dense" if given.model == "minilm" else ()
-    for metric in ("input", "fisher"):
-        parts = [part for part in given.parts if (part == "input") == (metric == "input")]
-        if not parts:
-            continue
+    case = CASES[given.model](given.draw)
+    fronts: dict[str, tuple[tdc.Statistics, Any, float]] = {}
+    for part in given.parts:
+        how = PARTS[part]
+        metric = how.get("metric", "fisher")
+        file = given.statistics if metric == "fisher" else None
+        statistics, seconds = statistics_of(case, given.model, metric, file)
+        if not how.get("bias", True):
+            statistics = replace(
+                statistics, sites=tuple(replace(e, site=replace(e.site, bias=False)) for e in statistics.sites)
+            )
+        options = {key: how[key] for key in ("allow", "allocation") if key in how}
         start = time.perf_counter()
-        statistics = tdc.calibrate(case.model, case.calibration, probe=case.probe, metric=metric, exclude=exclude)
-        calibrated = time.perf_counter() - start
-        start = time.perf_counter()
-        budgets = given.budgets or BUDGETS[given.model]
-        front = tdc.pareto(case.model, example, budgets=budgets, statistics=statistics)
-        planned = time.perf_counter() - start
+        key = str((metric, options, how.get("joint"), how.get("bias")))
+        if key not in fronts:
+            unshared = patch.object(ProposeJoint, "run", lambda self, unit: unit)
+            with nullcontext() if how.get("joint", True) else unshared:
+                budgets = given.budgets or BUDGETS[given.model]
+                front = tdc.pareto(case.model, case.calibration[0], budgets=budgets, statistics=statistics, **options)
+            fronts[key] = statistics, front, time.perf_counter() - start
+        statistics, front, planned = fronts[key]
         for plan in front:
-            for part in parts:
-                more = {} if part in ("input", "fisher") else {"calibration": case.calibration}
-                start = time.perf_counter()
-                heal = case.heal if part == "healed" else False
-                small = tdc.compress(case.model, example, plan=plan, statistics=statistics, heal=heal, **more)
-                row = {
-                    "model": given.model,
-                    "part": part,
-                    "budget": plan.budget,
-                    **case.measured(small),
-                    "predicted loss": f"{plan.loss:.4g}",
-                    "calibrate s": f"{calibrated:.0f}",
-                    "plan s": f"{planned:.0f}",
-                    "fit s": f"{time.perf_counter() - start:.0f}",
-                    "note": "; ".join(r.reason for r in tdc.report(small).remarks if r.stage == "heal"),
-                }
-                print(row, flush=True)
-                kept = [old for old in read_rows(NAME) if any(old.get(key) != row[key] for key in KEYS)]
-                write_rows(NAME, [*kept, row])  # a run that is stopped keeps what it found
+            start = time.perf_counter()
+            small = tdc.compress(
+                case.model,
+                case.calibration[0],
+                plan=plan,
+                statistics=statistics,
+                calibration=case.calibration if how.get("calibrated") else None,
+                heal=case.heal if how.get("healed") else False,
+            )
+            row = {
+                "model": given.model,
+                "part": part,
+                "budget": plan.budget,
+                "draw": str(given.draw),
+                **case.measured(small),
+                "predicted loss": f"{plan.loss:.4g}",
+                "calibrate s": f"{seconds:.0f}",
+                "plan s": f"{planned:.0f}",
+                "fit s": f"{time.perf_counter() - start:.0f}",
+                "note": "; ".join(r.reason for r in tdc.report(small).remarks if r.stage == "heal"),
+            }
+            print(row, flush=True)
+            kept = [old for old in read_rows(NAME) if any((old.get(key) or "0") != row[key] for key in KEYS)]
+            write_rows(NAME, [*kept, row])  # a run that is stopped keeps what it found
+
+
+@cache
+def statistics_of(case: Any, name: str, metric: str, file: Path | None) -> tuple[tdc.Statistics, float]:
+    """And the seconds that they took."""
+    if file is not None and file.exists():
+        return tdc.Statistics.load(file), 0.0
+    exclude = "pooler.dense" if name == "minilm" else ()
+    start = time.perf_counter()
+    made = tdc.calibrate(case.model, case.calibration, probe=case.probe, metric=metric, exclude=exclude)
+    if file is not None:
+        made.save(file)
+    return made, time.perf_counter() - start
 
 
 if __name__ == "__main__":
