@@ -51,6 +51,8 @@ class Unit:
     candidates: Mapping[int, tuple[Candidate, ...]] = field(default_factory=dict)
     joint: Mapping[int, tuple[Members, ...]] = field(default_factory=dict)
     """Group number -> what its sites can do together."""
+    workload: tuple[tuple[Any, float], ...] = ()
+    """Batches, as the program reads them, and how often each is run, where that is what is timed."""
     timing: tuple[float, float] | None = None
     """Seconds of a run of the dense model, and what part of them is spent in the sites, where it was measured."""
     plan: Plan | None = None

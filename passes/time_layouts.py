@@ -9,7 +9,7 @@ import numpy as np
 
 from tdc.errors import BudgetError
 from tdc.frontends.program import Stopwatch
-from tdc.ir import Block, Candidate, Remark
+from tdc.ir import Block, Candidate, Remark, Site
 from tdc.planning.budget import Budget
 from tdc.progress import track
 
@@ -29,7 +29,8 @@ class TimeLayouts(Pass):
     """Measures the dense layers and, of every format, five candidates, on activations as the example gives them and
     with weights that are not in the caches; the times of the others are taken for piecewise linear in the
     multiply-adds. Candidates that take longer than the dense layer are left out. Sites that are alike are measured
-    once. Joint groups are not proposed under such a budget.
+    once. Of several examples (``unit.workload``) the times are added, each as often as it is run. Joint groups are not
+    proposed under such a budget.
     """
 
     name = "time-layouts"
@@ -37,9 +38,7 @@ class TimeLayouts(Pass):
     def run(self, unit: Unit) -> Unit:
         if unit.options.budget is None or not Budget.parse(unit.options.budget).timed:
             return unit
-        watch = unit.program.stopwatch(unit.sites)
-        if isinstance(watch, str):
-            raise BudgetError(f"the budget {unit.options.budget} names time: {watch}")
+        watch = _watch(unit)
         known: dict[object, dict[str, _Curve]] = {}
         timed, remarks = {}, []
         for site in track(unit.sites, "timing layouts", show=unit.options.progress):
@@ -57,6 +56,36 @@ class TimeLayouts(Pass):
                 reason = f"stays dense: the fastest layout, {_words(best)}, takes {share:.2f} of the dense time"
                 remarks.append(Remark(site.name, self.name, reason))
         return unit.having(candidates=timed, joint={}, timing=watch.model()).remarking(*remarks)
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """Several examples, each run so often."""
+
+    parts: Sequence[tuple[Stopwatch, float]]
+
+    def model(self) -> tuple[float, float]:
+        each = [(weight, *watch.model()) for watch, weight in self.parts]
+        whole = sum(weight * seconds for weight, seconds, _ in each)
+        return whole, sum(weight * seconds * part for weight, seconds, part in each) / whole
+
+    def key(self, site: Site) -> object:
+        return tuple(watch.key(site) for watch, _ in self.parts)
+
+    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
+        each = [[weight * seconds for seconds in watch.site(site, blocks)] for watch, weight in self.parts]
+        return [sum(column) for column in zip(*each, strict=True)]
+
+
+def _watch(unit: Unit) -> Stopwatch:
+    """Raises BudgetError where nothing can be timed."""
+    parts = []
+    for batch, weight in unit.workload or ((None, 1.0),):
+        watch = unit.program.stopwatch(unit.sites, batch)
+        if isinstance(watch, str):
+            raise BudgetError(f"the budget {unit.options.budget} names time: {watch}")
+        parts.append((watch, weight))
+    return _Mix(parts) if unit.workload else parts[0][0]
 
 
 def _words(candidate: Candidate) -> str:

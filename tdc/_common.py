@@ -91,14 +91,40 @@ def peeked(example: Any, batches: Any) -> tuple[Any, Any]:
 
 
 def new_unit(
-    program: Program, options: Options, calibration: Any, statistics: Statistics | str | Path | None, probe: Any
+    program: Program,
+    options: Options,
+    calibration: Any,
+    statistics: Statistics | str | Path | None,
+    probe: Any,
+    workload: Any = None,
 ) -> Unit:
     known = Statistics.load(statistics) if isinstance(statistics, (str, Path)) else statistics
     if known is not None and not isinstance(known, Statistics):
         raise OptionError(f"statistics= takes what tdc.calibrate returns, or a path; got {type(known).__name__}")
-    if is_timed(options) and calibration is None and isinstance(reason := program.stopwatch(()), str):
+    mix = () if workload is None else _workload(program, options, workload)
+    if is_timed(options) and calibration is None and not mix and isinstance(reason := program.stopwatch(()), str):
         raise BudgetError(f"the budget {Budget.parse(options.budget)} names time: {reason}")
-    return Unit(program, targets.get(options.target), options, calibration, probe, known)
+    return Unit(program, targets.get(options.target), options, calibration, probe, known, workload=mix)
+
+
+def _workload(program: Program, options: Options, given: Any) -> tuple[tuple[Any, float], ...]:
+    """Batches as the program reads them, with how often each is run."""
+    form = "workload= takes pairs of example inputs and how often they are run, such as [(prompt, 1), (token, 100)]"
+    if not is_timed(options):
+        raise OptionError("workload= says what is timed: it goes with a budget such as 'latency=0.7'")
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise OptionError(f"{form}; got {type(given).__name__}")
+    made = []
+    for pair in given:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or isinstance(pair[1], bool):
+            raise OptionError(form)
+        example, weight = pair
+        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise OptionError(f"{form}; got {weight!r} for how often")
+        made.append((next(iter(program.batches([example]))), float(weight)))
+    if not made:
+        raise OptionError(f"{form}; it is empty")
+    return tuple(made)
 
 
 def is_timed(options: Options) -> bool:
@@ -106,17 +132,18 @@ def is_timed(options: Options) -> bool:
     return options.budget is not None and Budget.parse(options.budget).timed
 
 
-def in_time(unit: Unit, times: Callable[[], tuple[float, float]]) -> Unit:
-    """With the time of the result beside that of the model before, in seconds, where the budget names time."""
-    if not is_timed(unit.options):
-        return unit
-    old, new = times()
-    return unit.remarking(Remark("", TimeLayouts.name, told_times(old, new)))
+def in_time(unit: Unit, times: Callable[[Any], tuple[float, float]]) -> Unit:
+    """With the time of the result beside that of the model before, where the budget names time. ``times``: both in
+    seconds, on a batch, or on the example (None).
+    """
+    return unit.remarking(Remark("", TimeLayouts.name, told_times(unit, times))) if is_timed(unit.options) else unit
 
 
-def told_times(old: float, new: float) -> str:
-    """``old`` and ``new`` in seconds."""
-    return f"the example takes {new / old:.3g} of the dense time: {1e3 * old:.3g} -> {1e3 * new:.3g} ms"
+def told_times(unit: Unit, times: Callable[[Any], tuple[float, float]]) -> str:
+    each = [(weight, *times(batch)) for batch, weight in unit.workload or ((None, 1.0),)]
+    old, new = (sum(entry[0] * entry[k] for entry in each) for k in (1, 2))
+    what = f"the workload of {len(each)} examples" if unit.workload else "the example"
+    return f"{what} takes {new / old:.3g} of the dense time: {1e3 * old:.3g} -> {1e3 * new:.3g} ms"
 
 
 def realized(

@@ -37,6 +37,7 @@ def compress_onnx(
     exclude: Names = (),
     allocation: str = "lagrangian",
     probe: Any = None,
+    workload: Any = None,
     evaluate: Callable[[Path], float] | None = None,
     metric_drop: float | None = None,
     seed: int = 0,
@@ -72,8 +73,8 @@ def compress_onnx(
             return candidate
 
         options, goal = goal_of(options, evaluate, metric_drop, into, written)
-        unit = realized(new_unit(program, options, calibration, statistics, probe), plan, goal=goal)
-    unit = in_time(unit, lambda: program.times(unit.result))
+        unit = realized(new_unit(program, options, calibration, statistics, probe, workload), plan, goal=goal)
+    unit = in_time(unit, lambda batch: program.times(unit.result, batch))
     made = replace(reported(unit, before, OnnxProgram(unit.result, None).cost(batch)), files=(file_size(into), 0))
     save_model(unit.result, out, source=into, metadata={"tdc.report": made.to_json()})
     return stored_report(out)
@@ -92,6 +93,7 @@ def compress_export(
     exclude: Names = (),
     allocation: str = "lagrangian",
     probe: Any = None,
+    workload: Any = None,
     evaluate: Callable[[ExportedProgram], float] | None = None,
     metric_drop: float | None = None,
     seed: int = 0,
@@ -124,8 +126,8 @@ def compress_export(
     options, goal = goal_of(
         options, evaluate, metric_drop, program, lambda result: export_again(program, opened, result)
     )
-    unit = realized(new_unit(opened, options, calibration, statistics, probe), plan, goal=goal)
-    unit = in_time(unit, lambda: opened.times(unit.result))
+    unit = realized(new_unit(opened, options, calibration, statistics, probe, workload), plan, goal=goal)
+    unit = in_time(unit, lambda batch: opened.times(unit.result, batch))
     made = reported(unit, before, opened.cost_of(unit.result))
     small = export_again(program, opened, unit.result)
     assert unit.plan is not None

@@ -27,7 +27,7 @@ from ._search import searched
 from .archive import RECORD, load, note_in_config, noted, save, stored_report
 from .errors import BudgetError, ModelError, OptionError
 from .front import Front, front_of
-from .frontends.nn import Factored, NnProgram, times
+from .frontends.nn import Factored, NnProgram, as_call, times
 from .heal import Heal, heal, healed
 from .ir import Cost, Plan
 from .options import Options, takes_budget
@@ -124,6 +124,7 @@ def plan(
     exclude: Names = (),
     allocation: str = "lagrangian",
     probe: Any = None,
+    workload: Any = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Plan:
@@ -139,7 +140,7 @@ def plan(
     options = checked_options(budget, metric, target, allow, exclude, allocation, seed, progress)
     if options.budget is None and takes_budget(options.allocation):
         raise BudgetError("give budget= (for example budget='params=0.5'), or allocation='evbmf' or 'energy'")
-    unit = new_unit(_open(model, example), options, calibration, statistics, probe)
+    unit = new_unit(_open(model, example), options, calibration, statistics, probe, workload)
     if is_searched(options):
         made = searched(Pipeline(PROPOSING).run(unit), None).plan
     else:
@@ -198,6 +199,7 @@ def compress(
     exclude: Names = (),
     allocation: str = "lagrangian",
     probe: Any = None,
+    workload: Any = None,
     heal: bool | Heal = False,
     evaluate: Callable[[M], float] | None = None,
     metric_drop: float | None = None,
@@ -213,8 +215,8 @@ def compress(
         budget: what may stay, as fractions of the dense cost of the candidate sites: ``"params=0.5"``, or several,
             ``"params=0.5,macs=0.6"``, or a mapping; quantities params, bytes, macs. Or ``"loss=0.01"``: as few
             parameters (``macs=min``: multiply-adds) as move the outputs by that, in nats of logits or their relative
-            square, on the probe batches, else the calibration batches. ``"latency=0.7"`` (of the dense time) or
-            ``"latency_ms=12"``: what a run of the model on the example may take, as measured on this machine.
+            square, on the probe, else the calibration batches. ``"latency=0.7"`` (of dense), ``"latency_ms=12"``: what
+            a run on the example may take here, or of all ``workload``: pairs of inputs and how often they are run.
         calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
         metric: norm of the error: ``weight`` (Frobenius, no data), ``input`` (mean squared error of the layer's output
             on the data), ``fisher`` (weighted by the gradients of the model's loss in it), ``auto``: the best possible.
@@ -225,8 +227,7 @@ def compress(
             a budget, ``evbmf`` (a weight's singular values above its noise) or ``energy=0.95`` (of its squared norm).
         heal: train the factors on the calibration data, without labels: True, or a :class:`Heal`; see :func:`heal`.
         evaluate, metric_drop: a function of a model, higher is better, and how much of that may be lost, as a budget.
-        seed: recorded in the plan; same input, options and seed give the same factors.
-        progress, inplace: show a bar on long work; replace modules in ``model`` itself, all or none.
+        seed, progress, inplace: recorded in the plan; show a bar on long work; replace modules in ``model`` itself.
 
     Returns:
         The new model; :func:`report` tells what was done. Its factors are parameters ``weight_<factor>``.
@@ -242,7 +243,7 @@ def compress(
     options, goal = goal_of(options, evaluate, metric_drop, model, lambda result: result)
     program = _open(model, example, inplace=inplace)
     before = program.cost()
-    unit = realized(new_unit(program, options, calibration, statistics, probe), plan, goal=goal)
+    unit = realized(new_unit(program, options, calibration, statistics, probe, workload), plan, goal=goal)
     return _finished(unit, model, before, example, heal)
 
 
@@ -255,8 +256,8 @@ def _finished(unit: Unit, model: nn.Module, before: Cost, example: Any, heal: bo
         how = heal if isinstance(heal, Heal) else Heal(seed=unit.options.seed)
         healed(small, model, unit.anchors, how, progress=unit.options.progress)
     if is_timed(unit.options) and small is not model:
-        old, new = times(model, small, example)
-        noted(small, TimeLayouts.name, told_times(old, new))
+        call = as_call(model, example)
+        noted(small, TimeLayouts.name, told_times(unit, lambda batch: times(model, small, batch or call)))
     note_in_config(small, small.__dict__[RECORD])
     return small
 

@@ -134,8 +134,10 @@ class Program(Protocol):
         batch, by default the example (0 if not counted).
         """
 
-    def stopwatch(self, sites: Iterable[Site]) -> Stopwatch | str:
-        """What times the model and these sites on the example, as it runs on this machine; or why it cannot be had."""
+    def stopwatch(self, sites: Iterable[Site], batch: Any = None) -> Stopwatch | str:
+        """What times the model and these sites on a batch, by default the example, as it runs on this machine; or why
+        that cannot be had.
+        """
 
     def declines(self, site: Site, block: Block) -> str | None:
         """Why this door cannot write a block in place of the site; None if it can."""

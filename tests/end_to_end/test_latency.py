@@ -12,7 +12,7 @@ from torch import nn
 
 import tdc
 from tdc import targets
-from tdc.errors import BudgetError
+from tdc.errors import BudgetError, OptionError
 from tdc.frontends.fx import FxProgram
 from tdc.frontends.fx.export import open_exported
 from tdc.frontends.nn import NnProgram
@@ -62,7 +62,7 @@ class Fake:
 
 
 def on(monkeypatch: pytest.MonkeyPatch, **machine: Any) -> None:
-    monkeypatch.setattr(NnProgram, "stopwatch", lambda self, sites: Fake(tuple(sites), **machine))
+    monkeypatch.setattr(NnProgram, "stopwatch", lambda self, sites, *_: Fake(tuple(sites), **machine))
 
 
 def planned(budget: str, **options: Any) -> tdc.Plan:
@@ -126,7 +126,7 @@ def test_limits_hold_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alike_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Fake] = []
-    monkeypatch.setattr(NnProgram, "stopwatch", lambda self, sites: made.append(Fake(tuple(sites))) or made[-1])
+    monkeypatch.setattr(NnProgram, "stopwatch", lambda self, sites, *_: made.append(Fake(tuple(sites))) or made[-1])
     torch.manual_seed(2)
     same = nn.Sequential(*(nn.Linear(48, 48) for _ in range(4))).eval()
     tdc.plan(same, DATA[0], budget="latency=0.8", calibration=DATA, progress=False)
@@ -228,7 +228,7 @@ def test_more_work_takes_more_time_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("door", ["onnx", "fx", "torch.compile"])
 def test_the_other_doors_plan_within_time(door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for program in (OnnxProgram, FxProgram):
-        monkeypatch.setattr(program, "stopwatch", lambda self, sites: Fake(tuple(sites)))
+        monkeypatch.setattr(program, "stopwatch", lambda self, sites, *_: Fake(tuple(sites)))
     if door == "onnx":
         path = tmp_path / "dense.onnx"
         torch.onnx.export(model(), (DATA[0],), path, dynamo=True, verbose=False)
@@ -250,6 +250,66 @@ def test_the_other_doors_plan_within_time(door: str, monkeypatch: pytest.MonkeyP
     whole = dense / (1 - OUTSIDE)
     assert dense == pytest.approx(RATE * (48 * 96 + 96 * 96 + 96 * 40), rel=1e-3)
     assert 0.6 * whole < whole - dense + report.after.seconds <= 0.7 * whole * (1 + 1e-6)
+
+
+class Rows(Fake):
+    """A machine on which few rows cost the reading of the weights, and more of them the multiply-adds."""
+
+    def __init__(self, sites: Sequence[Site], batch: Any) -> None:
+        super().__init__(sites, gather=4.0)
+        self.rows = 64 if batch is None else len(batch[0][0])
+
+    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
+        return [max(self.rows, 8) * seconds for seconds in super().site(site, blocks)]
+
+    def model(self) -> tuple[float, float]:
+        seconds, part = super().model()
+        return max(self.rows, 8) * seconds, part
+
+
+def test_several_examples_are_timed_each_as_often_as_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NnProgram, "stopwatch", lambda self, sites, batch=None: Rows(tuple(sites), batch))
+    one, many = DATA[0][:1], DATA[0]
+    plan = planned("latency=0.7", workload=[(many, 1), (one, 10)])
+    macs = 48 * 96 + 96 * 96 + 96 * 40
+    assert plan.dense_cost.seconds == pytest.approx(RATE * macs * (64 + 10 * 8), rel=1e-3)
+    small = tdc.compress(model(), DATA[0], plan=plan, calibration=DATA, progress=False)
+    assert tdc.report(small).after.seconds == pytest.approx(plan.cost.seconds)
+    small = tdc.compress(
+        model(), many, budget="latency=0.7", workload=[(many, 1), (one, 10)], calibration=DATA, progress=False
+    )
+    assert any("the workload of 2 examples takes" in r.reason for r in tdc.report(small).remarks)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (DATA[0][0], "takes pairs"),
+        ([], "it is empty"),
+        ([(DATA[0], 0)], "how often"),
+        ([DATA[0]], "takes pairs"),
+        ("once", "got str"),
+    ],
+)
+def test_workloads_that_cannot_be_read(given: Any, reason: str) -> None:
+    with pytest.raises(OptionError, match=reason):
+        planned("latency=0.7", workload=given)
+
+
+def test_a_workload_is_for_budgets_of_time() -> None:
+    with pytest.raises(OptionError, match="goes with a budget such as"):
+        planned("params=0.7", workload=[(DATA[0], 1)])
+
+
+def test_a_file_is_timed_on_a_workload(tmp_path: Path) -> None:
+    path = tmp_path / "open.onnx"
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(model(), (DATA[0],), path, dynamo=True, verbose=False, dynamic_shapes=(batch,))
+    mix = [((DATA[0][:1].numpy(),), 5), ((DATA[0].numpy(),), 1)]
+    report = tdc.compress_onnx(
+        path, tmp_path / "small.onnx", budget="latency_ms=1000", metric="weight", workload=mix, progress=False
+    )
+    assert any("the workload of 2 examples takes" in r.reason for r in report.remarks)
 
 
 @pytest.mark.parametrize(

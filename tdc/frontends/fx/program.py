@@ -262,20 +262,22 @@ class FxProgram:
 
     # ---- cutting
 
-    def stopwatch(self, sites: Iterable[Site]) -> Stopwatch | str:
+    def stopwatch(self, sites: Iterable[Site], batch: Batch | None = None) -> Stopwatch | str:
         """On the example, else on the first batch that was observed."""
-        if self._seen is None:
+        batch = batch or self._seen
+        if batch is None:
             return "that is measured on example inputs or calibration data, and there are none"
-        place, values = self._seen
+        place, values = batch
         bound, sites = self.bounds[place], tuple(sites)
         uses = {site.order: weight.uses for site in sites if (weight := self._in(place, site.order)) is not None}
         self.pause()
         return Stopwatch(bound.repeated(values), sites, met_in(bound, values, uses))
 
-    def times(self, new: Rewritten) -> tuple[float, float]:
+    def times(self, new: Rewritten, batch: Batch | None = None) -> tuple[float, float]:
         """Seconds of a run of the program's first graph and of what came of it, called in turn."""
-        assert self._seen is not None
-        old, small = seconds_of([[bound.repeated(self._seen[1])] for bound in (self.bounds[0], self._after(new))])
+        given = batch or self._seen
+        assert given is not None
+        old, small = seconds_of([[bound.repeated(given[1])] for bound in (self.bounds[0], self._after(new))])
         return old, small
 
     def declines(self, site: Site, block: Block) -> str | None:

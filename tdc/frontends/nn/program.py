@@ -275,15 +275,14 @@ class NnProgram:
         except Exception as error:
             raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
 
-    def stopwatch(self, sites: Iterable[Site]) -> Stopwatch:
+    def stopwatch(self, sites: Iterable[Site], batch: Call | None = None) -> Stopwatch:
+        batch = batch or self._example
         met: dict[int, list[Tensor]] = {}
         if sites := tuple(sites):  # asked for none, it says that times can be had
-            self.observe(
-                self._example, sites, lambda site, x: met.setdefault(site.order, []).append(torch.randn_like(x))
-            )
+            self.observe(batch, sites, lambda site, x: met.setdefault(site.order, []).append(torch.randn_like(x)))
         modules = {order: next(iter(self._by_order[order].modules.values())) for order in met}
         layers = {order: (modules[order], own) for order, own in met.items()}
-        return Stopwatch(lambda: self._run(self._example), lambda: evaluation(self.model), layers)
+        return Stopwatch(lambda: self._run(batch), lambda: evaluation(self.model), layers)
 
     # ---- cutting
 
@@ -334,9 +333,9 @@ class NnProgram:
         return swaps
 
 
-def times(model: nn.Module, small: nn.Module, example: Any) -> tuple[float, float]:
-    """Seconds of a run of two models of one class on an example, measured in turn."""
-    args, kwargs = as_call(model, example)
+def times(model: nn.Module, small: nn.Module, call: Call) -> tuple[float, float]:
+    """Seconds of a call of two models of one class, measured in turn."""
+    args, kwargs = call
     with evaluation(model), evaluation(small):
         old, new = seconds_of([[lambda: model(*args, **kwargs)], [lambda: small(*args, **kwargs)]])
     return old, new

@@ -166,9 +166,9 @@ class OnnxProgram:
                 yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
             yield from (tensor for node in graph if (tensor := constant_tensor(node)) is not None)
 
-    def stopwatch(self, sites: Iterable[Site]) -> Stopwatch | str:
+    def stopwatch(self, sites: Iterable[Site], batch: Batch | None = None) -> Stopwatch | str:
         """On the first batch that was observed, else on made-up inputs, where the file fixes all sizes."""
-        batch, sites = self._example(), tuple(sites)
+        batch, sites = batch or self._example(), tuple(sites)
         if batch is None:
             return "that is measured on calibration data, since the file leaves sizes open, and there are none"
         met: dict[int, list[Met]] = {}
@@ -183,9 +183,9 @@ class OnnxProgram:
     def _example(self) -> Batch | None:
         return self._seen or example_of(self.model.graph.inputs)
 
-    def times(self, result: ir.Model) -> tuple[float, float]:
+    def times(self, result: ir.Model, batch: Batch | None = None) -> tuple[float, float]:
         """Seconds of a run of the model and of one that came of it, called in turn."""
-        batch = self._example() or {}
+        batch = batch or self._example() or {}
         old, new = seconds_of([[whole(self.model, batch)], [whole(result, batch)]])
         return old, new
 
