@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 __all__ = ["Counter"]
 
@@ -24,7 +23,10 @@ class Counter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # late: it loads triton, where that is installed
+
         super().__init__()
+        self._formulas = flop_registry
         self.macs = 0.0
         self.peak = 0
         self._live: dict[int, tuple[int, int]] = {}
@@ -34,7 +36,7 @@ class Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        formula = self._formulas.get(getattr(func, "_overloadpacket", None))
         if formula is None and hasattr(func, "decompose"):
             with self:
                 result = func.decompose(*args, **kwargs)
