@@ -43,12 +43,16 @@ class TimeLayouts(Pass):
         timed, remarks = {}, []
         for site in track(unit.sites, "timing layouts", show=unit.options.progress):
             options, key = unit.candidates[site.order], watch.key(site)
-            if key not in known:
+            new = key not in known
+            if new:
                 known[key] = _curves(unit, watch, options)
             dense = known[key][_format(options[-1])].seconds[0]
             found = [_timed(c, known[key], dense) for c in options]
             whole = found[-1]
             faster = [c for c in found[:-1] if c.cost.seconds < _GAIN * whole.cost.seconds]
+            slower = [c for c in found[:-1] if c.cost.seconds >= _GAIN * whole.cost.seconds]
+            if faster and slower and new:
+                remarks.append(Remark(site.name, self.name, _left_out(slower, whole)))
             timed[site.order] = (*useful(faster, ("seconds",)), whole)
             if len(options) > 1 and not faster:
                 best = min(found[:-1], key=lambda c: c.cost.seconds)
@@ -91,6 +95,18 @@ def _watch(unit: Unit) -> Stopwatch:
 def _words(candidate: Candidate) -> str:
     ranks = " ".join(f"{axis}={rank}" for axis, rank in candidate.ranks)
     return f"{candidate.decomposition}{'/' * bool(candidate.variant)}{candidate.variant} at {ranks}"
+
+
+def _left_out(slower: Sequence[Candidate], dense: Candidate) -> str:
+    """Of each format the layout of fewest multiply-adds that gains nothing, with its time."""
+    least: dict[str, Candidate] = {}
+    for candidate in sorted(slower, key=lambda c: c.cost.macs):
+        least.setdefault(_format(candidate), candidate)
+    told = [f"{_words(c)} ({c.cost.seconds / dense.cost.seconds:.2f} of its time)" for c in least.values()]
+    return (
+        f"no faster than the dense layer ({1e6 * dense.cost.seconds:.3g} us), here and in layers like it, and "
+        f"left out, from these on: {', '.join(told)}"
+    )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ _OPTIONS: dict[str, Any] = {
     "progress": False,
 }
 _NOT_HERE = {
+    "workload": "what is timed are the model's calls",
     "inplace": "torch.compile leaves the module as it is",
     "example_inputs": "the model's calls are the examples",
     "backend": "it is an argument of torch.compile",

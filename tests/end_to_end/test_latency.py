@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,24 @@ def test_what_is_slow_on_the_machine_is_not_chosen(monkeypatch: pytest.MonkeyPat
     assert {c.decomposition for c in planned("latency=0.6").choices if not c.is_dense} == {"svd"}
 
 
+def test_what_is_slower_is_named_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, gather=10.0)
+    told = {r.site: r.reason for r in planned("latency=0.8").remarks if r.stage == "time-layouts"}
+    assert set(told) == {"0.weight", "2.weight", "4.weight"}
+    for reason in told.values():
+        name, ranks, share = re.findall(r"(pivoted/\w+) at r=(\d+) \((\d\.\d\d) of its time\)", reason)[0]
+        assert name.startswith("pivoted/")
+        assert int(ranks) > 0
+        assert float(share) >= 0.98
+
+
 def test_a_layer_that_nothing_makes_faster_stays_dense_and_the_remark_has_the_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on(monkeypatch, slow="2.weight")
     plan = planned("latency=0.8")
     assert [c.site.name for c in plan.choices if c.is_dense] == ["2.weight"]
-    (remark,) = [r for r in plan.remarks if r.stage == "time-layouts"]
+    (remark,) = [r for r in plan.remarks if r.stage == "time-layouts" and "stays dense" in r.reason]
     assert remark.site == "2.weight"
     assert "of the dense time" in remark.reason
 
