@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ._fits import Stamp, stamp_of
 from ._lowering import Call
 from ._parts import Part, part_of
-from ._planning import Stamp, stamp_of
 from ._settings import Settings
 from .errors import ModelError
 from .frontends.fx.captured import Bound, Captured, undisturbed

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _background
-from ._planning import Outcome, Stamp, decide, refit, stamp_of
+from ._fits import Stamp, stamp_of
+from ._planning import Outcome, decide, refit
 from ._settings import Settings, log
 from .errors import ModelError
 from .frontends.fx.captured import alongside

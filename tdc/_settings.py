@@ -48,7 +48,8 @@ class Settings:
     the background. 0: at compilation. ``inner``: the compiler of the graphs, inductor, aot_eager or eager. ``strict``:
     an error instead of the dense graph. ``on_update``: refit or error, when a weight was changed. ``release_weights``:
     free the memory of the replaced weights. ``training``: dense or error, where gradients are wanted. ``freezing``: let
-    Inductor hold the weights as constants: auto (measured), on, off.
+    Inductor hold the weights as constants: auto (measured), on, off. ``cache``: a folder where fitted factors are kept,
+    so that the same plan on the same weights is not fitted again in another process.
     """
 
     options: Options
@@ -64,6 +65,7 @@ class Settings:
     release_weights: bool = False
     training: str = "dense"
     freezing: str = "auto"
+    cache: Path | None = None
     given: Any = None
     """The user's own mapping: kept, so that its identity stays its own."""
     warned: list[bool] = field(default_factory=list)
@@ -99,6 +101,8 @@ class Settings:
             _say_the_default(chosen["calibrate_calls"])
         options = checked_options(**{name: chosen.pop(name, default) for name, default in _OPTIONS.items()})
         check_decided(options, plan)
+        if chosen.get("cache") is not None:
+            chosen["cache"] = _folder(chosen["cache"])
         made = cls(options, plan, statistics, **chosen, mode=mode, given=given)
         made._check_values()
         return made
@@ -128,6 +132,15 @@ class Settings:
         measured = self.plan.metric if self.plan is not None else self.options.metric
         if measured == "input" and self.statistics is None and self.calibration is None and not calls:
             raise OptionError("the input metric needs statistics=, calibration= or calibrate_calls=")
+
+
+def _folder(given: object) -> Path:
+    if not isinstance(given, (str, Path)):
+        raise OptionError(f"cache= takes a folder; got {type(given).__name__}")
+    path = Path(given)
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"cache= takes a folder; {path} is a file")
+    return path
 
 
 _KNOWN = set(_OPTIONS) | {field.name for field in fields(Settings)} - {"options", "mode", "given", "warned"}

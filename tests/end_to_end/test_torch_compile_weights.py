@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tdc
-from tdc import _parts, decompositions
+from tdc import _fits, _parts, decompositions
 from tdc.testing import random_mlp
 from tdc.torch_backend import tdc_backend
 
@@ -247,3 +247,44 @@ def test_the_check_costs_less_than_20_microseconds_per_100_weights(full: dict[st
             graph(*args)
             times.append(time.perf_counter() - start)
     assert min(times) < 40e-6, "twice the promise: this machine is shared"
+
+
+def test_fits_in_a_folder_serve_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(48, 96), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 40)).eval()
+    data = [torch.randn(64, 48, generator=torch.Generator().manual_seed(k)) + 1 for k in range(4)]
+    statistics = tdc.calibrate(model, data, progress=False)
+    plan = tdc.plan(torch.nn.Sequential(*model), data[0], budget="params=0.4", statistics=statistics, progress=False)
+    folder = tmp_path / "fits"
+
+    def compiled() -> torch.Tensor:
+        torch._dynamo.reset()
+        _fits._fitted.clear()  # as in another process
+        options = {"plan": plan, "statistics": statistics, "inner": "eager", "strict": True, "cache": folder}
+        with torch.no_grad():
+            return torch.compile(model, backend="tdc", options=options)(data[0])
+
+    first = compiled()
+    kept = sorted(folder.iterdir())
+    assert len(kept) == len([c for c in plan.choices if not c.is_dense]) == 2
+    monkeypatch.setattr(decompositions, "fit", None)  # whoever fits fails
+    assert torch.equal(compiled(), first)
+    monkeypatch.undo()
+    for path in kept:
+        path.write_bytes(b"no factors")
+    assert torch.equal(compiled(), first)  # fitted anew, and written
+    monkeypatch.setattr(decompositions, "fit", None)
+    assert torch.equal(compiled(), first)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="NoneType"):
+        compiled()  # other weights are not found
+
+
+def test_a_cache_is_a_folder(tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("")
+    for given, reason in ((file, "is a file"), (3, "got int")):
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=reason):
+            torch.compile(nn.Linear(4, 4), backend="tdc", options={"budget": "params=0.5", "cache": given})(
+                torch.randn(2, 4)
+            )
