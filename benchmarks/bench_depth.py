@@ -5,8 +5,8 @@
 After calibration in the metric `input` (its length does not matter here), unhealed, without anchored fits, params=0.5.
 `depth`: encoders of MiniLM's width with random weights, 6 to 48 layers of six linears. `again`: the backend of
 torch.compile at work with plan, statistics and a cache of fits, from the call to the captured and rewritten graph
-(inner "eager": what Inductor takes on top is its own). Rows go to results/depth.csv, in place of those of the same model
-and threads.
+(inner "eager": what Inductor takes on top is its own). Rows go to results/depth.csv, in place of those of the same
+model and threads.
 """
 
 from __future__ import annotations
