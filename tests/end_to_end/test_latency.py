@@ -204,7 +204,7 @@ def captured(net: nn.Module, example: torch.Tensor) -> FxProgram:
 
 
 @pytest.mark.parametrize("door", ["onnx", "fx"])
-@pytest.mark.parametrize(("make", "data"), [(model, DATA), (mixed, PICTURES)])
+@pytest.mark.parametrize(("make", "data"), [(model, DATA), (mixed, PICTURES), (model, [x[None] for x in DATA])])
 def test_the_other_doors_time_every_site_and_every_block_of_it(
     door: str, make: Any, data: list[torch.Tensor], tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..program import Replacement
 from .emit import Emitter
 from .running import clone, moved
 from .runtime import Session
+from .tail import NO_TAIL
 from .tensors import array, stored, to_numpy
 from .uses import Use
 
@@ -94,7 +95,8 @@ def whole(model: ir.Model, batch: Mapping[str, Any]) -> Run:
 def alone(source: ir.Model, met: Met) -> tuple[ir.Model, Use]:
     """A model of one use alone, its activation the only input."""
     copy, values = clone(source)
-    use = moved(met.use, dict(zip(source.graph, copy.graph, strict=True)), values)
+    own = met.use if met.use.tail.norm is not None else replace(met.use, tail=NO_TAIL)
+    use = moved(own, dict(zip(source.graph, copy.graph, strict=True)), values)
     reader = use.node if use.pad is None else use.pad
     dtype = ir.DataType.from_numpy(met.activation.dtype)
     entry = ir.Value(name="tdc.activation", shape=ir.Shape(met.activation.shape), type=ir.TensorType(dtype))
