@@ -15,9 +15,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+
+#include "pool.h"
 #if defined(__x86_64__) || defined(__i386__)
 #define X86 1
 #include <immintrin.h>
@@ -86,15 +85,6 @@ EXPORT int tdc_version(void) {
     return 0;
 }
 
-/* Whether the threads of one call share the work. */
-EXPORT int tdc_parallel(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 struct call {
     const float *x, *first, *second, *bias;
     const int32_t *order, *place;
@@ -102,24 +92,8 @@ struct call {
     long rows, inputs, rank, outputs, inner_stride;
     int stacked;
     product_function product;
-    int status;
+    _Atomic int status;
 };
-
-static void wait_for_all(int threads) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp barrier
-    }
-#else
-    (void)threads;
-#endif
-}
-
-/* The share of thread t of n entries, in whole groups of 16: entries that share a cache line stay together. */
-static long share(long n, int t, int threads) {
-    long groups = (n + 15) / 16, edge = groups * t / threads * 16;
-    return edge < n ? edge : n;
-}
 
 /* y[b, j] = from[b, index[j]] + bias[j] for j in [start, stop), without an index from[b, j]; 0 where an index is out of
    range. */
@@ -137,33 +111,65 @@ static int gather(const float *from, long from_stride, const int32_t *index, lon
     return 1;
 }
 
-/* What one thread does. With a gather in front, the first r gathered entries pass by the first product. If stacked,
-   inner holds intermediate and result side by side, else the intermediate alone. */
-static void work(struct call *c, int t, int threads) {
-    long r = c->rank, i = c->inputs, o = c->outputs, passed = c->order ? r : 0, kept = c->stacked ? r : 0;
-    if (c->order) {
-        if (!gather(c->x, i, c->order, i, NULL, c->gathered, i, c->rows, share(i, t, threads), share(i, t + 1, threads)))
-            c->status = INDEX;
-        wait_for_all(threads);
-    }
-    const float *source = c->order ? c->gathered : c->x;
-    struct product first = {c->first, source + passed, c->order ? source : NULL, NULL, c->inner,
-                            c->rows,  i - passed,      i,                        i,    c->inner_stride};
-    c->product(&first, share(r, t, threads), share(r, t + 1, threads));
-    wait_for_all(threads);
-    float *y = c->stacked ? c->inner + r : c->y;
-    struct product second = {c->second, c->inner, NULL, c->stacked ? NULL : c->bias, y,
-                             c->rows,   r,        c->inner_stride, 0, c->stacked ? c->inner_stride : o};
-    c->product(&second, share(o - kept, t, threads), share(o - kept, t + 1, threads));
-    if (c->stacked) {
-        wait_for_all(threads);
-        if (!gather(c->inner, c->inner_stride, c->place, o, c->bias, c->y, o, c->rows, share(o, t, threads),
-                    share(o, t + 1, threads)))
-            c->status = INDEX;
-    }
+/* Parts of a phase are groups of 16 outputs: those that share a cache line stay together. */
+enum { GROUP = 16 };
+
+static long groups(long n) { return (n + GROUP - 1) / GROUP; }
+
+static long edge(long group, long n) { return group * GROUP < n ? group * GROUP : n; }
+
+/* Groups that are worth a claim: 32 KiB of weights, or as many entries of a gather. */
+static long worth_a_claim(long numbers) { return 1 + (1 << 13) / (GROUP * numbers + 1); }
+
+static void gather_input(void *context, long start, long stop) {
+    struct call *c = context;
+    long i = c->inputs;
+    if (!gather(c->x, i, c->order, i, NULL, c->gathered, i, c->rows, edge(start, i), edge(stop, i)))
+        c->status = INDEX;
 }
 
-/* Threads that are worth waiting for: each has at least 256 KiB of weights to read. */
+static void gather_output(void *context, long start, long stop) {
+    struct call *c = context;
+    long o = c->outputs;
+    if (!gather(c->inner, c->inner_stride, c->place, o, c->bias, c->y, o, c->rows, edge(start, o), edge(stop, o)))
+        c->status = INDEX;
+}
+
+struct share {
+    struct product product;
+    product_function run;
+    long outputs;
+};
+
+static void some_outputs(void *context, long start, long stop) {
+    struct share *s = context;
+    s->run(&s->product, edge(start, s->outputs), edge(stop, s->outputs));
+}
+
+static void shared_product(int threads, product_function run, long outputs, struct product product) {
+    struct share s = {product, run, outputs};
+    pool_run(threads, some_outputs, &s, groups(outputs), worth_a_claim(product.depth));
+}
+
+/* All phases, in turn. With a gather in front, the first r gathered entries pass by the first product. If stacked,
+   inner holds intermediate and result side by side, else the intermediate alone. */
+static void work(struct call *c, int threads) {
+    long r = c->rank, i = c->inputs, o = c->outputs, passed = c->order ? r : 0, kept = c->stacked ? r : 0;
+    if (c->order)
+        pool_run(threads, gather_input, c, groups(i), worth_a_claim(c->rows));
+    const float *source = c->order ? c->gathered : c->x;
+    shared_product(threads, c->product, r,
+                   (struct product){c->first, source + passed, c->order ? source : NULL, NULL, c->inner, c->rows,
+                                    i - passed, i, i, c->inner_stride});
+    float *y = c->stacked ? c->inner + r : c->y;
+    shared_product(threads, c->product, o - kept,
+                   (struct product){c->second, c->inner, NULL, c->stacked ? NULL : c->bias, y, c->rows, r,
+                                    c->inner_stride, 0, c->stacked ? c->inner_stride : o});
+    if (c->stacked)
+        pool_run(threads, gather_output, c, groups(o), worth_a_claim(c->rows));
+}
+
+/* Threads that are worth waking: each has at least 256 KiB of weights to read. */
 static int worth(int threads, long weights) {
     long most = 1 + weights / (1 << 16);
     return threads < most ? threads : (int)most;
@@ -184,13 +190,9 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
         return NO_MEMORY;
     struct call c = {x,    first,  second, bias, order,   place,  y,                 scratch, scratch + gathered,
                      rows, inputs, rank,   outputs, stride,  stacked, products[version], OK};
-    threads = worth(threads, rank * (inputs + outputs));
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    work(&c, omp_get_thread_num(), omp_get_num_threads());
-#else
-    work(&c, 0, 1);
-#endif
+    threads = pool_enter(worth(threads, rank * (inputs + outputs)));
+    work(&c, threads);
+    pool_leave(threads);
     free(scratch);
     return c.status;
 }
@@ -202,15 +204,10 @@ EXPORT int tdc_one_product(int version, int threads, const float *x, const float
         return NO_SUCH_VERSION;
     if (rows == 0 || outputs == 0)
         return OK;
-    struct product p = {weight, x, NULL, bias, y, rows, inputs, inputs, 0, outputs};
-    threads = worth(threads, inputs * outputs);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    products[version](&p, share(outputs, omp_get_thread_num(), omp_get_num_threads()),
-                      share(outputs, omp_get_thread_num() + 1, omp_get_num_threads()));
-#else
-    products[version](&p, 0, outputs);
-#endif
+    threads = pool_enter(worth(threads, inputs * outputs));
+    shared_product(threads, products[version], outputs,
+                   (struct product){weight, x, NULL, bias, y, rows, inputs, inputs, 0, outputs});
+    pool_leave(threads);
     return OK;
 }
 
