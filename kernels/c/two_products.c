@@ -397,6 +397,8 @@ INLINE const char *NAMED(behind, VERSION)(const struct product *p, long n, long 
 INLINE TARGET void NAMED(strip, VERSION)(const struct product *p, long n, int tall) {
     const long whole = tall * LANES / 16, vectors = p->depth / LANES;
     const char *ahead = NAMED(behind, VERSION)(p, n, 2 * tall);
+    for (long at = whole * vectors * 64; at < tall * p->depth * (long)sizeof(float) + 64; at += 64) /* what is left */
+        __builtin_prefetch(ahead + at, 0, 2);
     long b = 0, tiles = (p->rows + WIDE - 1) / WIDE, part = whole > tiles ? whole / tiles : 1, left = whole;
     for (; b + WIDE <= p->rows; b += WIDE) {
         long lines = left < part ? left : part;
