@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tdc.ir import Block, Decline, Equation
+from tdc.ir import Block, Decline, Equation, OpKind, Window
 
-__all__ = ["Kernel", "Line", "Match"]
+__all__ = ["Kernel", "Line", "Match", "Windows"]
+
+Windows = tuple[tuple[Window, ...], ...]
+"""Of each convolution of a block, one for each window axis."""
 
 _TAKE = re.compile(r"(\w+), (\w+)\[(\w+):(\w+)\]")
 
@@ -50,7 +53,8 @@ class Kernel:
     registered torch operator, which autograd, torch.compile and torch.export know, called as
     ``operator(x, *factors, bias)``; ``run`` is the same past torch's dispatch, for plain tensors that nothing watches;
     ``reference`` the same on stock operators. ``limits`` says in words what it takes. ``available`` declines where it
-    cannot run on this machine.
+    cannot run on this machine, ``takes`` sizes and windows that it cannot. Kernels for convolutions, blocks of another
+    ``kind``, take the windows of each behind the bias.
     """
 
     name: str
@@ -61,14 +65,17 @@ class Kernel:
     run: Callable[..., Any]
     reference: Callable[..., Any]
     available: Callable[[], Decline | None]
+    kind: OpKind = OpKind.LINEAR
+    takes: Callable[[dict[str, int], Windows], Decline | None] = lambda sizes, windows: None
 
     def match(self, block: Block) -> Match | Decline:
         """Whether the block is this line, whatever its values, factors and axes are called."""
-        if block.kind.is_conv:
-            return Decline(f"{self.name}: for matrix products, not for {block.kind.value}")
-        kinds, wanted = [op.kind for op in block.ops], [line.kind for line in self.lines]
-        if kinds != wanted:
-            return Decline(f"{self.name}: runs {', '.join(wanted)}; the block {', '.join(kinds)}")
+        if block.kind is not self.kind:
+            wanted = self.kind.value if self.kind.is_conv else "matrix products"
+            return Decline(f"{self.name}: for {wanted}, not for {block.kind.value}")
+        kinds, own = [op.kind for op in block.ops], [line.kind for line in self.lines]
+        if kinds != own:
+            return Decline(f"{self.name}: runs {', '.join(own)}; the block {', '.join(kinds)}")
         names, axes = {"x": block.input}, {"b": "b"}
         for line, op in zip(self.lines, block.ops, strict=True):
             if not _unify((*line.inputs, line.output), (*op.inputs, op.output), names):
@@ -84,29 +91,38 @@ class Kernel:
         for line, op in zip(self.lines, block.ops, strict=True):
             if (sizes[line.start], sizes[line.stop]) != (op.start, op.stop):
                 return Decline(f"{self.name}: '{op}' takes other entries")
-        return Match(self, tuple(names[name] for name in self.factors), tuple(sorted(sizes.items())))
+        windows = tuple(op.windows for op in block.ops if op.windows)
+        refused = self.takes(sizes, windows)
+        if refused is not None:
+            return Decline(f"{self.name}: {refused.reason}")
+        return Match(self, tuple(names[name] for name in self.factors), tuple(sorted(sizes.items())), windows)
 
 
 @dataclass(frozen=True)
 class Match:
     """A kernel for a block. ``factors``: names of the block's factors, in the order in which the kernel takes them.
-    ``sizes`` of the kernel's axes.
+    ``sizes`` of the kernel's axes; ``windows`` of the convolutions.
     """
 
     kernel: Kernel
     factors: tuple[str, ...]
     sizes: tuple[tuple[str, int], ...]
+    windows: Windows = ()
 
     def __call__(self, x: Any, factors: Mapping[str, Any], bias: Any = None) -> Any:
-        return self.kernel.operator(x, *(factors[name] for name in self.factors), bias)
+        return self.kernel.operator(x, *self._operands(factors, bias))
 
     def run(self, x: Any, factors: Mapping[str, Any], bias: Any = None) -> Any:
         """The same past torch's dispatch."""
-        return self.kernel.run(x, *[factors[name] for name in self.factors], bias)
+        return self.kernel.run(x, *self._operands(factors, bias))
 
     def reference(self, x: Any, factors: Mapping[str, Any], bias: Any = None) -> Any:
         """The same by stock operators."""
-        return self.kernel.reference(x, *(factors[name] for name in self.factors), bias)
+        return self.kernel.reference(x, *self._operands(factors, bias))
+
+    def _operands(self, factors: Mapping[str, Any], bias: Any) -> list[Any]:
+        own = [factors[name] for name in self.factors]
+        return [*own, bias, self.windows] if self.windows else [*own, bias]
 
 
 def _unify(names: tuple[str, ...], found: tuple[str, ...], known: dict[str, str]) -> bool:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,16 +13,15 @@ from torch import Tensor, nn
 from tdc.ir import Block, Decline, Remark
 
 from .base import Match
+from .measure import GAIN, timed
 from .registry import match
 
 __all__ = ["Accelerated", "Runs", "accelerate", "measured"]
 
 STAGE = "kernels"
-GAIN = 1.05
-"""A kernel is taken where it is faster than the stock operators by this factor, in least and in median time."""
-REPEATS = 15
-COLD = 64 << 20
-"""Bytes of copies of the factors that a measurement goes through: more than caches hold, as in a whole model."""
+
+
+Runner = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
 
 
 @runtime_checkable
@@ -38,10 +36,17 @@ class Runs(Protocol):
         ...
 
     @property
+    def shared(self) -> Block | None:
+        """What it computes alike with others, once for all of them; without bias."""
+        ...
+
+    @property
     def factors(self) -> Mapping[str, Tensor]: ...
 
-    def use(self, run: Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None] | None) -> None:
-        """Ask ``run(input, factors, bias)`` first for that block, and run it where it gives None."""
+    def use(self, run: Runner | None, shared: Runner | None = None) -> None:
+        """Ask ``run(input, factors, bias)`` first for its own block, and run it where it gives None; the same for what
+        it shares.
+        """
         ...
 
 
@@ -49,13 +54,15 @@ class Runs(Protocol):
 class Accelerated:
     """Runs a block by its kernel where that was measured to be faster, gives None elsewhere.
 
-    ``rows``: ranges of the number of rows, ``threads``: of torch, for which it was. Elsewhere: where gradients are
+    ``rows``: ranges of the number of rows, ``shapes`` of what a convolution is given, ``threads``: of torch, for which
+    it was. Elsewhere: where gradients are
     needed, while a compiler traces, under autocast, for another dtype or device than float32 on the processor.
     """
 
     match: Match
     rows: tuple[range, ...]
     threads: int
+    shapes: frozenset[tuple[int, ...]] = frozenset()
 
     def __call__(self, x: Tensor, factors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor | None:
         if torch.compiler.is_compiling() or _watched() or torch.is_autocast_enabled("cpu"):
@@ -63,67 +70,125 @@ class Accelerated:
         operands = (x, *factors.values()) if bias is None else (x, *factors.values(), bias)
         if not _suits(operands) or x.is_neg() or (torch.is_grad_enabled() and any(t.requires_grad for t in operands)):
             return None
-        rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
-        if torch.get_num_threads() != self.threads or not any(rows in span for span in self.rows):
+        if torch.get_num_threads() != self.threads or not self._measured(x):
             return None
         result: Tensor = self.match.run(x, factors, bias)
         return result
 
+    def _measured(self, x: Tensor) -> bool:
+        if self.shapes:
+            return tuple(x.shape) in self.shapes and x.is_contiguous()
+        rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
+        return any(rows in span for span in self.rows)
 
-def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16)) -> tuple[Remark, ...]:
-    """Let the factored layers of ``model`` run on kernels, each for the numbers of rows at which its kernel is measured
-    to be faster here and now, with torch's present number of threads; all else runs as before.
 
-    ``rows``: those that are measured; each stands for those between the one before and itself. Layers of one shape are
-    measured once. Returns a remark for each layer: what was measured, or why it stays. Results are within rounding of
-    the stock operators'; since the choice is measured, two runs can differ by that. The model is changed in place;
-    kernels are not saved with it, and ``accelerate(model, ())`` takes them away.
+def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16), example: Any = None) -> tuple[Remark, ...]:
+    """Let the factored layers of ``model`` run on kernels, each for the inputs for which its kernel is measured to be
+    faster here and now, with torch's present number of threads; all else runs as before.
+
+    ``example``: an input of the model, a tuple of its arguments or a dict of them by name. The model runs on it once,
+    in evaluation, and each layer is measured at exactly the shapes that it is given. Without it linear layers are
+    measured at ``rows``, each of which stands for the numbers of rows between the one before and itself, and
+    convolutions stay.
+
+    Layers of one shape are measured once. Returns a remark for each layer: what was measured, or why it stays. Results
+    are within rounding of the stock operators'; since the choice is measured, two runs can differ by that. The model is
+    changed in place; kernels are not saved with it, and ``accelerate(model, ())`` takes them away.
     """
-    steps = sorted({int(n) for n in rows})
-    known: dict[Any, list[float]] = {}
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Runs)]
-    return tuple(Remark(name, STAGE, _accelerated(layer, steps, known)) for name, layer in layers)
+    for _, layer in layers:
+        layer.use(None)
+    steps = sorted({int(n) for n in rows})
+    seen = None if example is None else _seen(model, [layer for _, layer in layers], example)
+    known: dict[Any, float] = {}
+    remarks = []
+    for place, (name, layer) in enumerate(layers):
+        parts: dict[str, Block | None] = {"": layer.own, "what it shares: ": layer.shared}
+        found = {
+            note: _chosen(layer, block, steps, None if seen is None else seen[place][k], known)
+            for k, (note, block) in enumerate(parts.items())
+            if block is not None
+        }
+        layer.use(*(found[note][0] if note in found else None for note in parts))
+        remarks.append(Remark(name, STAGE, "; ".join(note + text for note, (_, text) in found.items())))
+    return tuple(remarks)
 
 
-def _accelerated(layer: Runs, steps: list[int], known: dict[Any, list[float]]) -> str:
-    layer.use(None)
-    found, factors = match(layer.own), layer.factors
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[tuple[Shapes, Shapes]]:
+    """The shapes of what each layer's block, and what it shares with others, are given when the model runs."""
+    found: list[tuple[dict[Any, None], dict[Any, None]]] = [({}, {}) for _ in layers]
+    modes = [(module, module.training) for module in model.modules()]
+
+    def noted(shapes: dict[Any, None]) -> Callable[..., None]:
+        return lambda x, factors, bias: shapes.setdefault(tuple(x.shape))
+
+    try:
+        model.eval()
+        for layer, (own, shared) in zip(layers, found, strict=True):
+            layer.use(noted(own), noted(shared) if layer.shared is not None else None)
+        with torch.no_grad():
+            if isinstance(example, Mapping):
+                model(**example)
+            else:
+                model(*example) if isinstance(example, tuple) else model(example)
+    finally:
+        for layer in layers:
+            layer.use(None)
+        for module, training in modes:
+            module.training = training
+    return [(tuple(own), tuple(shared)) for own, shared in found]
+
+
+def _chosen(
+    layer: Runs, block: Block, steps: list[int], seen: Shapes | None, known: dict[Any, float]
+) -> tuple[Accelerated | None, str]:
+    """The kernel for a block of the layer where it gains, and what is to be said."""
+    found, factors = match(block), layer.factors
+    bias = layer.bias if block.output == layer.own.output else None
     if isinstance(found, Decline):
-        return found.reason
-    if not _suits(factors[name] for name in found.factors):
-        return f"{found.kernel.name}: {found.kernel.limits}"
-    key = (found.kernel.name, found.sizes, layer.bias is None)
-    if key not in known:
-        known[key] = [measured(found, factors, layer.bias, n) for n in steps]
-    starts, gains = [1, *(n + 1 for n in steps)], known[key]
-    spans = [range(start, n + 1) for start, n, gain in zip(starts, steps, gains, strict=False) if gain > GAIN]
-    text = ", ".join(f"{gain:.2f} times as fast at {n} rows" for n, gain in zip(steps, gains, strict=True))
-    if not spans:
-        return f"{found.kernel.name}: not used, {text or 'nothing measured'}"
-    layer.use(Accelerated(found, tuple(spans), torch.get_num_threads()))
-    return f"{found.kernel.name}: {text}"
+        return None, found.reason
+    name = found.kernel.name
+    if not _suits(factors[factor] for factor in found.factors):
+        return None, f"{name}: {found.kernel.limits}"
+    if block.kind.is_conv and seen is None:
+        return None, f"{name}: measured at the shapes of an example input, and there is none"
+    exact = block.kind.is_conv or seen is not None
+    shapes = seen if block.kind.is_conv else _flat(found, steps if seen is None else [_rows(s) for s in seen])
+    gains = {}
+    for shape in shapes or ():
+        key = (name, found.sizes, found.windows, bias is None, shape)
+        if key not in known:
+            known[key] = measured(found, factors, bias, shape)
+        gains[shape] = known[key]
+    text = ", ".join(f"{gain:.2f} times as fast {_at(shape)}" for shape, gain in gains.items())
+    fast = [shape for shape, gain in gains.items() if gain > GAIN]
+    if not fast:
+        return None, f"{name}: not used, {text or 'nothing measured'}"
+    if block.kind.is_conv:
+        return Accelerated(found, (), torch.get_num_threads(), frozenset(fast)), f"{name}: {text}"
+    starts = [shape[0] if exact else before + 1 for shape, before in zip(gains, [0, *steps], strict=False)]
+    spans = [range(start, shape[0] + 1) for start, shape in zip(starts, gains, strict=True) if shape in fast]
+    return Accelerated(found, tuple(spans), torch.get_num_threads()), f"{name}: {text}"
 
 
-def measured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, rows: int) -> float:
-    """How many times as fast as the stock operators the kernel is, the lesser one of least and median time.
+def _flat(found: Match, rows: Iterable[int]) -> Shapes:
+    return tuple((n, dict(found.sizes)["i"]) for n in sorted(set(rows)))
 
-    Both run in turn on copies of the factors, so that the weights are read from memory, as in a model that is larger
-    than the cache.
-    """
-    own = {name: factors[name].detach() for name in found.factors}
-    size = sum(factor.numel() * factor.element_size() for factor in own.values())
-    copies = [{name: factor.clone() for name, factor in own.items()} for _ in range(COLD // max(size, 4096) + 2)]
-    x = torch.randn(rows, dict(found.sizes)["i"], generator=torch.Generator().manual_seed(0))
-    times: dict[Callable[..., Tensor], list[float]] = {found.reference: [], found.run: []}
-    with torch.no_grad():
-        for lap in range(2 + REPEATS):
-            for place, (run, taken) in enumerate(times.items()):
-                given = copies[(lap + place * len(copies) // 2) % len(copies)]
-                start = time.perf_counter()
-                run(x, given, bias)
-                taken.append(time.perf_counter() - start)
-    stock, fast = (taken[2:] for taken in times.values())
-    return min(min(stock) / min(fast), statistics.median(stock) / statistics.median(fast))
+
+def _rows(shape: Sequence[int]) -> int:
+    return math.prod(shape[:-1])
+
+
+def _at(shape: tuple[int, ...]) -> str:
+    return f"at {shape[0]} rows" if len(shape) == 2 else f"at {' x '.join(map(str, shape))}"
+
+
+def measured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int]) -> float:
+    """How many times as fast as the stock operators the kernel is on an input of that shape."""
+    return timed(found, factors, bias, shape).gain
 
 
 def _suits(operands: Iterable[Tensor]) -> bool:

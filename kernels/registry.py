@@ -14,9 +14,9 @@ __all__ = ["kernels", "match"]
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """Every kernel."""
-    from .c import one_product, two_products
+    from .c import convolutions, one_product, two_products
 
-    return (*two_products.KERNELS, one_product.KERNEL)
+    return (*two_products.KERNELS, one_product.KERNEL, *convolutions.KERNELS)
 
 
 def match(block: Block) -> Match | Decline:

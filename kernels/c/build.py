@@ -11,13 +11,14 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tdc.ir import Decline
@@ -26,7 +27,8 @@ __all__ = ["build", "cache_folder", "compiler", "load"]
 
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden")
-OPENMP = ("-fopenmp",)
+THREADS = ("-pthread", "-DTDC_THREADS")
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"(\w[\w.]*)"', re.MULTILINE)
 LONGEST = 120
 """Seconds after which a compiler is stopped."""
 
@@ -49,13 +51,13 @@ def build(source: Path, folder: Path | None = None) -> ctypes.CDLL | Decline:
     version = _version(command)
     if isinstance(version, Decline):
         return version
-    text = source.read_text(encoding="utf-8")
+    texts = _texts(source)
     folder = folder or cache_folder()
     answer: ctypes.CDLL | Decline = Decline("no set of flags")
-    for flags in ((*FLAGS, *OPENMP), FLAGS):
-        path = folder / f"{source.stem}-{_key(text, flags, command, version)}.so"
+    for flags in ((*FLAGS, *THREADS), FLAGS):
+        path = folder / f"{source.stem}-{_key(texts, flags, command, version)}.so"
         kept = _opened(path) if _is_own_file(path) else None
-        answer = kept if isinstance(kept, ctypes.CDLL) else _compiled(source.name, text, command, flags, path)
+        answer = kept if isinstance(kept, ctypes.CDLL) else _compiled(texts, command, flags, path)
         if isinstance(answer, ctypes.CDLL):
             return answer
     return answer
@@ -117,18 +119,40 @@ def _version(command: Sequence[str]) -> str | Decline:
     return answer if isinstance(answer, Decline) else answer.stdout
 
 
-def _key(text: str, flags: Sequence[str], command: Sequence[str], version: str) -> str:
-    parts = (text, *flags, *command, version, sys.platform, platform.machine())
+def _texts(source: Path) -> dict[str, str]:
+    """The source and what it includes from its own folder, by name; the source comes first."""
+    texts: dict[str, str] = {}
+    waiting = [source.name]
+    while waiting:
+        name = waiting.pop()
+        if name not in texts:
+            texts[name] = (source.parent / name).read_text(encoding="utf-8")
+            waiting += _INCLUDE.findall(texts[name])
+    return texts
+
+
+def _key(texts: Mapping[str, str], flags: Sequence[str], command: Sequence[str], version: str) -> str:
+    parts = (
+        *(part for pair in texts.items() for part in pair),
+        *flags,
+        *command,
+        version,
+        sys.platform,
+        platform.machine(),
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _compiled(name: str, text: str, command: Sequence[str], flags: Sequence[str], path: Path) -> ctypes.CDLL | Decline:
+def _compiled(
+    texts: Mapping[str, str], command: Sequence[str], flags: Sequence[str], path: Path
+) -> ctypes.CDLL | Decline:
     """Compile beside ``path``, then rename: of two processes that build at once, both win."""
     try:
         with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as work:
-            source, library = Path(work) / name, Path(work) / "kernel.so"
-            source.write_text(text, encoding="utf-8")
-            answer = _run([*command, *flags, str(source), "-o", str(library), "-lm"])
+            library = Path(work) / "kernel.so"
+            for name, text in texts.items():
+                (Path(work) / name).write_text(text, encoding="utf-8")
+            answer = _run([*command, *flags, str(Path(work) / next(iter(texts))), "-o", str(library), "-lm"])
             if isinstance(answer, Decline):
                 return answer
             os.chmod(library, 0o700)

@@ -15,9 +15,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+
+#include "pool.h"
 #if defined(__x86_64__) || defined(__i386__)
 #define X86 1
 #include <immintrin.h>
@@ -37,11 +36,57 @@ struct product {
     long rows, depth, a_stride, add_stride, y_stride;
 };
 
-/* Rows of the weight in one tile where there is one row of activations and the rows are LONG: reads from many places at
-   once are 12 to 30 % faster there, and slower where rows are short. */
-enum { TALLEST = 8, LONG = 512 };
+/* Streams of memory from which the weights come where there are few rows of activations, and how far ahead, in bytes,
+   each is fetched. One stream gives half the bandwidth where the rows of the weight are short. */
+enum { STREAMS = 8, AHEAD = 2048 };
 
 typedef void (*product_function)(const struct product *, long start, long stop);
+
+INLINE void store(const struct product *p, long n, long b, float y) {
+    if (p->add)
+        y += p->add[b * p->add_stride + n];
+    if (p->bias)
+        y += p->bias[n];
+    p->y[b * p->y_stride + n] = y;
+}
+
+#ifdef X86
+#define AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,fma")))
+
+/* The sum of x's and of y's numbers, a step further: half as many vectors, each with the sums of two side by side. */
+INLINE AVX512 __m512 beside(__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+}
+
+INLINE AVX512 __m512 beside_pairs(__m512 x, __m512 y) {
+    __m512d a = _mm512_castps_pd(x), b = _mm512_castps_pd(y);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+}
+
+INLINE AVX512 __m512 beside_quarters(__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+
+/* The sums of 16 vectors, for rows n .. n + 3 of the weight and b .. b + 3 of the activations, all at once: a third of the
+   work of one by one, which is half of all where the depth is short. */
+INLINE AVX512 void store_sums(const struct product *p, long n, long b, const void *accumulators) {
+    const __m512(*acc)[4] = accumulators;
+    __m512 rows[4];
+    for (int t = 0; t < 4; t++)
+        rows[t] = beside_pairs(beside(acc[0][t], acc[1][t]), beside(acc[2][t], acc[3][t]));
+    __m512 all = beside_quarters(beside_quarters(rows[0], rows[1]), beside_quarters(rows[2], rows[3]));
+    float sums[16];
+    _mm512_storeu_ps(sums, all);
+    for (int t = 0; t < 4; t++) {
+        __m128 y = _mm_loadu_ps(sums + 4 * t);
+        if (p->add)
+            y = _mm_add_ps(y, _mm_loadu_ps(p->add + (b + t) * p->add_stride + n));
+        if (p->bias)
+            y = _mm_add_ps(y, _mm_loadu_ps(p->bias + n));
+        _mm_storeu_ps(p->y + (b + t) * p->y_stride + n, y);
+    }
+}
+#endif
 
 #define LANES 4
 #define TALL 4
@@ -62,7 +107,7 @@ typedef void (*product_function)(const struct product *, long start, long stop);
 #define TALL 4
 #define WIDE 4
 #define VERSION _avx512
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,fma")))
+#define TARGET AVX512
 #include "two_products.c"
 #endif
 
@@ -86,15 +131,6 @@ EXPORT int tdc_version(void) {
     return 0;
 }
 
-/* Whether the threads of one call share the work. */
-EXPORT int tdc_parallel(void) {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 struct call {
     const float *x, *first, *second, *bias;
     const int32_t *order, *place;
@@ -102,24 +138,8 @@ struct call {
     long rows, inputs, rank, outputs, inner_stride;
     int stacked;
     product_function product;
-    int status;
+    _Atomic int status;
 };
-
-static void wait_for_all(int threads) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp barrier
-    }
-#else
-    (void)threads;
-#endif
-}
-
-/* The share of thread t of n entries, in whole groups of 16: entries that share a cache line stay together. */
-static long share(long n, int t, int threads) {
-    long groups = (n + 15) / 16, edge = groups * t / threads * 16;
-    return edge < n ? edge : n;
-}
 
 /* y[b, j] = from[b, index[j]] + bias[j] for j in [start, stop), without an index from[b, j]; 0 where an index is out of
    range. */
@@ -137,33 +157,65 @@ static int gather(const float *from, long from_stride, const int32_t *index, lon
     return 1;
 }
 
-/* What one thread does. With a gather in front, the first r gathered entries pass by the first product. If stacked,
-   inner holds intermediate and result side by side, else the intermediate alone. */
-static void work(struct call *c, int t, int threads) {
-    long r = c->rank, i = c->inputs, o = c->outputs, passed = c->order ? r : 0, kept = c->stacked ? r : 0;
-    if (c->order) {
-        if (!gather(c->x, i, c->order, i, NULL, c->gathered, i, c->rows, share(i, t, threads), share(i, t + 1, threads)))
-            c->status = INDEX;
-        wait_for_all(threads);
-    }
-    const float *source = c->order ? c->gathered : c->x;
-    struct product first = {c->first, source + passed, c->order ? source : NULL, NULL, c->inner,
-                            c->rows,  i - passed,      i,                        i,    c->inner_stride};
-    c->product(&first, share(r, t, threads), share(r, t + 1, threads));
-    wait_for_all(threads);
-    float *y = c->stacked ? c->inner + r : c->y;
-    struct product second = {c->second, c->inner, NULL, c->stacked ? NULL : c->bias, y,
-                             c->rows,   r,        c->inner_stride, 0, c->stacked ? c->inner_stride : o};
-    c->product(&second, share(o - kept, t, threads), share(o - kept, t + 1, threads));
-    if (c->stacked) {
-        wait_for_all(threads);
-        if (!gather(c->inner, c->inner_stride, c->place, o, c->bias, c->y, o, c->rows, share(o, t, threads),
-                    share(o, t + 1, threads)))
-            c->status = INDEX;
-    }
+/* Parts of a phase are groups of 16 outputs: those that share a cache line stay together. */
+enum { GROUP = 16 };
+
+static long groups(long n) { return (n + GROUP - 1) / GROUP; }
+
+static long edge(long group, long n) { return group * GROUP < n ? group * GROUP : n; }
+
+/* Groups that are worth a claim: 32 KiB of weights, or as many entries of a gather. */
+static long worth_a_claim(long numbers) { return 1 + (1 << 13) / (GROUP * numbers + 1); }
+
+static void gather_input(void *context, long start, long stop) {
+    struct call *c = context;
+    long i = c->inputs;
+    if (!gather(c->x, i, c->order, i, NULL, c->gathered, i, c->rows, edge(start, i), edge(stop, i)))
+        c->status = INDEX;
 }
 
-/* Threads that are worth waiting for: each has at least 256 KiB of weights to read. */
+static void gather_output(void *context, long start, long stop) {
+    struct call *c = context;
+    long o = c->outputs;
+    if (!gather(c->inner, c->inner_stride, c->place, o, c->bias, c->y, o, c->rows, edge(start, o), edge(stop, o)))
+        c->status = INDEX;
+}
+
+struct share {
+    struct product product;
+    product_function run;
+    long outputs;
+};
+
+static void some_outputs(void *context, long start, long stop) {
+    struct share *s = context;
+    s->run(&s->product, edge(start, s->outputs), edge(stop, s->outputs));
+}
+
+static void shared_product(int threads, product_function run, long outputs, struct product product) {
+    struct share s = {product, run, outputs};
+    pool_run(threads, some_outputs, &s, groups(outputs), worth_a_claim(product.depth));
+}
+
+/* All phases, in turn. With a gather in front, the first r gathered entries pass by the first product. If stacked,
+   inner holds intermediate and result side by side, else the intermediate alone. */
+static void work(struct call *c, int threads) {
+    long r = c->rank, i = c->inputs, o = c->outputs, passed = c->order ? r : 0, kept = c->stacked ? r : 0;
+    if (c->order)
+        pool_run(threads, gather_input, c, groups(i), worth_a_claim(c->rows));
+    const float *source = c->order ? c->gathered : c->x;
+    shared_product(threads, c->product, r,
+                   (struct product){c->first, source + passed, c->order ? source : NULL, NULL, c->inner, c->rows,
+                                    i - passed, i, i, c->inner_stride});
+    float *y = c->stacked ? c->inner + r : c->y;
+    shared_product(threads, c->product, o - kept,
+                   (struct product){c->second, c->inner, NULL, c->stacked ? NULL : c->bias, y, c->rows, r,
+                                    c->inner_stride, 0, c->stacked ? c->inner_stride : o});
+    if (c->stacked)
+        pool_run(threads, gather_output, c, groups(o), worth_a_claim(c->rows));
+}
+
+/* Threads that are worth waking: each has at least 256 KiB of weights to read. */
 static int worth(int threads, long weights) {
     long most = 1 + weights / (1 << 16);
     return threads < most ? threads : (int)most;
@@ -184,13 +236,9 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
         return NO_MEMORY;
     struct call c = {x,    first,  second, bias, order,   place,  y,                 scratch, scratch + gathered,
                      rows, inputs, rank,   outputs, stride,  stacked, products[version], OK};
-    threads = worth(threads, rank * (inputs + outputs));
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    work(&c, omp_get_thread_num(), omp_get_num_threads());
-#else
-    work(&c, 0, 1);
-#endif
+    threads = pool_enter(worth(threads, rank * (inputs + outputs)));
+    work(&c, threads);
+    pool_leave(threads);
     free(scratch);
     return c.status;
 }
@@ -202,15 +250,10 @@ EXPORT int tdc_one_product(int version, int threads, const float *x, const float
         return NO_SUCH_VERSION;
     if (rows == 0 || outputs == 0)
         return OK;
-    struct product p = {weight, x, NULL, bias, y, rows, inputs, inputs, 0, outputs};
-    threads = worth(threads, inputs * outputs);
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    products[version](&p, share(outputs, omp_get_thread_num(), omp_get_num_threads()),
-                      share(outputs, omp_get_thread_num() + 1, omp_get_num_threads()));
-#else
-    products[version](&p, 0, outputs);
-#endif
+    threads = pool_enter(worth(threads, inputs * outputs));
+    shared_product(threads, products[version], outputs,
+                   (struct product){weight, x, NULL, bias, y, rows, inputs, inputs, 0, outputs});
+    pool_leave(threads);
     return OK;
 }
 
@@ -252,7 +295,7 @@ INLINE TARGET float NAMED(sum, VERSION)(const VEC *v) {
 INLINE TARGET void NAMED(tile, VERSION)(const struct product *p, long n, long b, int tall, int wide, const char *ahead,
                                         int lines) {
     const float *w = p->weight + n * p->depth, *a = p->a + b * p->a_stride;
-    VEC acc[TALLEST][WIDE];
+    VEC acc[TALL][WIDE];
 #pragma GCC unroll 8
     for (int s = 0; s < tall; s++)
 #pragma GCC unroll 8
@@ -276,21 +319,71 @@ INLINE TARGET void NAMED(tile, VERSION)(const struct product *p, long n, long b,
             __builtin_prefetch(ahead + s * 64, 0, 2);
         ahead += lines * 64;
     }
-    long rest = p->depth - k;
+    const long rest = p->depth - k;
+#pragma GCC unroll 8
+    for (int s = 0; s < tall && rest; s++)
+#pragma GCC unroll 8
+        for (int t = 0; t < wide; t++)
+            acc[s][t] += NAMED(part, VERSION)(w + s * p->depth + k, rest) *
+                         NAMED(part, VERSION)(a + t * p->a_stride + k, rest);
+#if LANES == 16
+    if (tall == 4 && wide == 4) {
+        store_sums(p, n, b, acc);
+        return;
+    }
+#endif
+#pragma GCC unroll 8
+    for (int s = 0; s < tall; s++)
+#pragma GCC unroll 8
+        for (int t = 0; t < wide; t++)
+            store(p, n + s, b + t, NAMED(sum, VERSION)(&acc[s][t]));
+}
+
+/* All rows of activations, wide of them, and rows n, n + step, ... of the weight, tall of them. */
+INLINE TARGET void NAMED(streams, VERSION)(const struct product *p, long n, long step, int tall, int wide) {
+    const float *w = p->weight + n * p->depth, *a = p->a;
+    const long apart = step * p->depth;
+    VEC acc[STREAMS][WIDE];
+#pragma GCC unroll 8
+    for (int s = 0; s < tall; s++)
+#pragma GCC unroll 8
+        for (int t = 0; t < wide; t++)
+            acc[s][t] = (VEC){0};
+    long k = 0;
+    for (; k + LANES <= p->depth; k += LANES) {
+        VEC v[WIDE];
+#pragma GCC unroll 8
+        for (int t = 0; t < wide; t++)
+            v[t] = *(const VEC *)(a + t * p->a_stride + k);
+#pragma GCC unroll 8
+        for (int s = 0; s < tall; s++) {
+            const float *at = w + s * apart + k;
+            VEC u = *(const VEC *)at;
+#pragma GCC unroll 8
+            for (int t = 0; t < wide; t++)
+                acc[s][t] += u * v[t];
+            if (LANES == 16 || k % 16 == 0)
+                __builtin_prefetch((const char *)((uintptr_t)at + AHEAD), 0, 2);
+        }
+    }
+    const long rest = p->depth - k;
 #pragma GCC unroll 8
     for (int s = 0; s < tall; s++)
 #pragma GCC unroll 8
         for (int t = 0; t < wide; t++) {
             if (rest)
-                acc[s][t] += NAMED(part, VERSION)(w + s * p->depth + k, rest) *
+                acc[s][t] += NAMED(part, VERSION)(w + s * apart + k, rest) *
                              NAMED(part, VERSION)(a + t * p->a_stride + k, rest);
-            float y = NAMED(sum, VERSION)(&acc[s][t]);
-            if (p->add)
-                y += p->add[(b + t) * p->add_stride + n + s];
-            if (p->bias)
-                y += p->bias[n + s];
-            p->y[(b + t) * p->y_stride + n + s] = y;
+            store(p, n + s * step, t, NAMED(sum, VERSION)(&acc[s][t]));
         }
+}
+
+/* Rows [start, returned) of the weight from `tall` places at once. */
+INLINE TARGET long NAMED(spread, VERSION)(const struct product *p, long start, long stop, int tall, int wide) {
+    const long step = (stop - start) / tall;
+    for (long n = start; n < start + step; n++)
+        NAMED(streams, VERSION)(p, n, step, tall, wide);
+    return start + step * tall;
 }
 
 /* Where the weights lie that are to be fetched now: `rows` rows behind row n. It may be behind the end. */
@@ -304,6 +397,8 @@ INLINE const char *NAMED(behind, VERSION)(const struct product *p, long n, long 
 INLINE TARGET void NAMED(strip, VERSION)(const struct product *p, long n, int tall) {
     const long whole = tall * LANES / 16, vectors = p->depth / LANES;
     const char *ahead = NAMED(behind, VERSION)(p, n, 2 * tall);
+    for (long at = whole * vectors * 64; at < tall * p->depth * (long)sizeof(float) + 64; at += 64) /* what is left */
+        __builtin_prefetch(ahead + at, 0, 2);
     long b = 0, tiles = (p->rows + WIDE - 1) / WIDE, part = whole > tiles ? whole / tiles : 1, left = whole;
     for (; b + WIDE <= p->rows; b += WIDE) {
         long lines = left < part ? left : part;
@@ -327,12 +422,14 @@ INLINE TARGET void NAMED(strip, VERSION)(const struct product *p, long n, int ta
 
 static TARGET void NAMED(product, VERSION)(const struct product *p, long start, long stop) {
     long n = start;
-    if (p->rows == 1 && p->depth >= LONG)
-        for (; n + TALLEST <= stop; n += TALLEST)
-            NAMED(tile, VERSION)(p, n, 0, TALLEST, 1, NAMED(behind, VERSION)(p, n, TALLEST), TALLEST * LANES / 16);
-    if (p->rows <= WIDE) /* one tile a strip: fewer sums at its end, and fewer streams, are 5 to 10 % faster */
-        for (; n + 2 <= stop; n += 2)
-            NAMED(strip, VERSION)(p, n, 2);
+    if (p->rows == 1)
+        n = NAMED(spread, VERSION)(p, start, stop, STREAMS, 1);
+    else if (p->rows == 2)
+        n = NAMED(spread, VERSION)(p, start, stop, LANES == 16 ? STREAMS : STREAMS / 2, 2);
+    else if (p->rows == 3 && WIDE > 2)
+        n = NAMED(spread, VERSION)(p, start, stop, STREAMS / 2, 3);
+    else if (p->rows == 4 && WIDE > 2)
+        n = NAMED(spread, VERSION)(p, start, stop, STREAMS / 2, 4);
     for (; n + TALL <= stop; n += TALL)
         NAMED(strip, VERSION)(p, n, TALL);
     for (; n < stop; n++)

@@ -28,7 +28,7 @@ from .build import load
 
 __all__ = ["KERNELS", "available", "library", "operator", "reference", "run", "versions"]
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).with_name("kernels.c")
 VERSIONS = ("portable", "AVX2", "AVX-512")
 _NAME = "two_products"
 _SCHEMA = (
@@ -51,6 +51,7 @@ def library() -> ctypes.CDLL | Decline:
         number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_long
         found.tdc_two_products.argtypes = [*[number] * 2, *[pointer] * 7, *[size] * 4, number]
         found.tdc_one_product.argtypes = [*[number] * 2, *[pointer] * 4, *[size] * 3]
+        found.tdc_convolutions.argtypes = [*[number] * 2, *[pointer] * 4, *[size] * 4, number, pointer]
     return found
 
 

@@ -17,7 +17,7 @@ from ...ir import Block, Op, Rebuild, Window, contraction, conv_groups, conv_sha
 from ..graph import built, memory_format
 from .layers import padded, stored_weight
 from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
-from .sharing import Sharing
+from .sharing import Sharing, own_part, shared_part
 
 __all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored", "place"]
 
@@ -101,8 +101,42 @@ class Factored(nn.Module):
             reordered = self.bias.detach()[order.to(self.bias.device)].clone()
             self.bias = nn.Parameter(reordered, requires_grad=self.bias.requires_grad)
 
+    @property
+    def own(self) -> Block:
+        """The block, without what the layers that share factors compute alike: its input is what that gives."""
+        return own_part(self.block, self._alike())
+
+    @property
+    def shared(self) -> Block | None:
+        """What the layers that share factors compute alike; None where that is nothing, or gives several values."""
+        return shared_part(self.block, self._alike())
+
+    def _alike(self) -> tuple[Op, ...]:
+        sharing: Sharing | None = self.__dict__["_sharing"]
+        return () if sharing is None else sharing.common(self.block.ops, self.block.input)
+
+    def use(self, run: Runner | None, shared: Runner | None = None) -> None:
+        """Ask ``run(input, factors, bias)`` for :attr:`own` first, and run the block where it gives None; the same for
+        ``shared`` and :attr:`shared`.
+        """
+        self.__dict__.pop("_runner", None)
+        self.__dict__.pop("_shared_runner", None)
+        if run is not None:
+            self.__dict__["_runner"] = (run, self.own.input)
+        if shared is not None:
+            self.__dict__["_shared_runner"] = (shared, self._alike()[-1].output)
+
     def forward(self, input: Tensor) -> Tensor:
-        return self._run(input, self.bias, self.block.ops, self._common(input, input, self.block.ops))
+        return self._answer(input, self.block.ops, self._common(input, input, self.block.ops))
+
+    def _answer(self, activation: Tensor, ops: tuple[Op, ...], common: Mapping[str, Tensor]) -> Tensor:
+        """By the runner that is to be asked first, else by the block."""
+        if "_runner" in self.__dict__:
+            run, entry = self.__dict__["_runner"]
+            result: Tensor | None = run(common.get(entry, activation), self.factors, self.bias)
+            if result is not None:
+                return result
+        return self._run(activation, self.bias, ops, common)
 
     def _common(self, given: Tensor, activation: Tensor, ops: tuple[Op, ...]) -> Mapping[str, Tensor]:
         """What the layers that share factors compute alike from the input that was given, once for all of them."""
@@ -113,6 +147,11 @@ class Factored(nn.Module):
 
     def _values(self, activation: Tensor, ops: tuple[Op, ...]) -> dict[str, Tensor]:
         values = {self.block.input: activation}
+        if "_shared_runner" in self.__dict__:
+            run, output = self.__dict__["_shared_runner"]
+            result = run(activation, self.factors, None)
+            if result is not None:
+                return {**values, output: result}
         for op in ops:
             values[op.output] = _EMIT[op.kind](self, op, values, None)
         return values
@@ -153,7 +192,7 @@ class Factored(nn.Module):
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_runner")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_runner", "_shared_runner")}
 
     def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
         return result + bias
@@ -189,32 +228,6 @@ class FactoredLinear(Factored):
         sizes = dict(block.sizes)
         self.in_features, self.out_features = sizes["i"], sizes["o"]
 
-    @property
-    def own(self) -> Block:
-        """The block, without what the layers that share factors compute alike: its input is what that gives."""
-        sharing: Sharing | None = self.__dict__["_sharing"]
-        alike = () if sharing is None else sharing.common(self.block.ops, self.block.input)
-        if not alike:
-            return self.block
-        ops = tuple(op for op in self.block.ops if op not in alike)
-        factors = tuple(pair for pair in self.block.factors if any(pair[0] in op.inputs for op in ops))
-        return replace(self.block, factors=factors, ops=ops, input=alike[-1].output)
-
-    def use(self, run: Runner | None) -> None:
-        """Ask ``run(input, factors, bias)`` for :attr:`own` first, and run the block where it gives None."""
-        self.__dict__.pop("_runner", None)
-        if run is not None:
-            self.__dict__["_runner"] = (run, self.own.input)
-
-    def forward(self, input: Tensor) -> Tensor:
-        common = self._common(input, input, self.block.ops)
-        if "_runner" in self.__dict__:
-            run, entry = self.__dict__["_runner"]
-            result: Tensor | None = run(common.get(entry, input), self.factors, self.bias)
-            if result is not None:
-                return result
-        return self._run(input, self.bias, self.block.ops, common)
-
     def _impulses(self) -> Tensor:
         eye = self._zeros(self.in_features, self.in_features)
         eye.fill_diagonal_(1)
@@ -246,7 +259,7 @@ class FactoredConv(Factored):
         batched = input if input.ndim == len(self.block.kind.windows) + 2 else input[None]
         ops = self.block.ops if memory_format(batched) is None else self.__dict__["_ungathered"]
         inside = padded(self.__dict__["_skeleton"], batched)
-        result = self._run(inside, self.bias, ops, self._common(input, inside, ops))
+        result = self._answer(inside, ops, self._common(input, inside, ops))
         return result if batched is input else result[0]
 
     def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:

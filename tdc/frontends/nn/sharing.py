@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...ir import Op
+from ...ir import Block, Op
 
-__all__ = ["Sharing"]
+__all__ = ["Sharing", "own_part", "shared_part"]
 
 Values = Mapping[str, Tensor]
 
@@ -72,3 +73,23 @@ class Sharing:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
+
+
+def own_part(block: Block, alike: tuple[Op, ...]) -> Block:
+    """The block without the ops that are alike: its input is what they give."""
+    if not alike:
+        return block
+    return _part(block, tuple(op for op in block.ops if op not in alike), alike[-1].output, block.output)
+
+
+def shared_part(block: Block, alike: tuple[Op, ...]) -> Block | None:
+    """The ops that are alike, None where they are none or give several values to the others."""
+    others = {name for op in block.ops if op not in alike for name in op.inputs}
+    if not alike or others & {op.output for op in alike[:-1]}:
+        return None
+    return _part(block, alike, block.input, alike[-1].output)
+
+
+def _part(block: Block, ops: tuple[Op, ...], entry: str, output: str) -> Block:
+    factors = tuple(pair for pair in block.factors if any(pair[0] in op.inputs for op in ops))
+    return replace(block, factors=factors, ops=ops, input=entry, output=output)

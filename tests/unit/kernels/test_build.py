@@ -48,16 +48,27 @@ def test_a_library_is_built_once_and_then_taken_from_the_folder(source: Path, fo
 @pytest.mark.usefixtures("compiled")
 def test_other_source_flags_and_compilers_are_other_files(source: Path, folder: Path) -> None:
     keys = {
-        build._key("a", ("-O3",), ("cc",), "1"),
-        build._key("b", ("-O3",), ("cc",), "1"),
-        build._key("a", ("-O2",), ("cc",), "1"),
-        build._key("a", ("-O3",), ("gcc",), "1"),
-        build._key("a", ("-O3",), ("cc",), "2"),
+        build._key({"s.c": "a"}, ("-O3",), ("cc",), "1"),
+        build._key({"s.c": "b"}, ("-O3",), ("cc",), "1"),
+        build._key({"s.c": "a"}, ("-O2",), ("cc",), "1"),
+        build._key({"s.c": "a"}, ("-O3",), ("gcc",), "1"),
+        build._key({"s.c": "a"}, ("-O3",), ("cc",), "2"),
     }
     assert len(keys) == 5
     assert build.build(source, folder).seven() == 7
     source.write_text(SOURCE.replace("7", "8"))
     assert build.build(source, folder).seven() == 8
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("compiled")
+def test_what_a_source_includes_counts_as_its_text(source: Path, folder: Path) -> None:
+    header = source.with_name("number.h")
+    header.write_text("enum { NUMBER = 7 };\n")
+    source.write_text('#include "number.h"\n' + SOURCE.replace("7", "NUMBER"))
+    assert build.build(source, folder).seven() == 7
+    header.write_text("enum { NUMBER = 9 };\n")
+    assert build.build(source, folder).seven() == 9
     assert len(list(folder.iterdir())) == 2
 
 
@@ -142,10 +153,8 @@ def test_a_file_that_others_could_have_written_is_built_anew(source: Path, folde
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_compiler_without_openmp_builds_for_one_thread(
-    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "OPENMP", ("-fno-such-flag-of-this-compiler=yes",))
+def test_a_compiler_without_threads_builds_for_one(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "THREADS", ("-fno-such-flag-of-this-compiler=yes",))
     assert build.build(source, folder).seven() == 7
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tdc
 from tdc import kernels
-from tdc.frontends.nn.factored import FactoredLinear
+from tdc.frontends.nn.factored import FactoredConv, FactoredLinear
 from tdc.frontends.nn.sharing import Sharing
 from tdc.ir import Block, Equation, Op
 from tdc.kernels import layers
@@ -31,7 +31,7 @@ def small() -> nn.Module:
 def gains(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """What the measurement is to find, by the number of rows; nothing is measured."""
     found = {1: 2.0, 4: 1.0, 8: 3.0}
-    monkeypatch.setattr(layers, "measured", lambda match, factors, bias, rows: found[rows])
+    monkeypatch.setattr(layers, "measured", lambda match, factors, bias, shape: found[shape[0]])
     return found
 
 
@@ -179,14 +179,68 @@ def test_layers_that_share_factors_compute_with_them_once(gains: dict[int, float
     with torch.no_grad():
         before = [layer(X) for layer in shared]
         remarks = kernels.accelerate(shared, rows=(8,))
-        assert [remark.reason for remark in remarks] == ["one product: 3.00 times as fast at 8 rows"] * 2
+        said = "one product: 3.00 times as fast at 8 rows"
+        assert [remark.reason for remark in remarks] == [f"{said}; what it shares: {said}"] * 2
         assert_same(torch.stack([layer(X) for layer in shared]), torch.stack(before))
-        assert calls == [3, 3]
+        assert calls == [3, 3, 3], "the shared product once"
         assert sharing._kept is None, "each layer has had what they share"
         calls.clear()
         wide = torch.randn(9, 24)
         assert_same(shared[1](wide), copy.deepcopy(shared)[1](wide))
         assert calls == []
+
+
+@pytest.mark.parametrize("name", ["tucker2", "output_svd", "input_svd", "spatial_svd", "tt_conv"])
+def test_convolutions_run_on_kernels_at_the_shapes_of_the_example(
+    name: str, monkeypatch: pytest.MonkeyPatch, calls: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(24, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding="same", padding_mode="reflect")
+    )
+    x = torch.randn(2, 24, 13, 11)
+    small = tdc.compress(model, x, budget="params=0.5", metric="weight", allow=name, progress=False).train()
+    plain = copy.deepcopy(small).eval()
+    shapes: list[tuple[int, ...]] = []
+
+    def gain(match: kernels.Match, factors: object, bias: object, shape: tuple[int, ...]) -> float:
+        shapes.append(tuple(shape))
+        return 2.0
+
+    monkeypatch.setattr(layers, "measured", gain)
+    convolutions = [module for module in small.modules() if isinstance(module, FactoredConv)]
+    assert convolutions
+    remarks = kernels.accelerate(small)
+    assert all("an example input, and there is none" in remark.reason for remark in remarks)
+    remarks = kernels.accelerate(small, example=x)
+    assert small.training
+    assert [remark.reason.startswith("convolutions: ") for remark in remarks] == [True] * len(convolutions)
+    assert "2.00 times as fast at 2 x " in remarks[0].reason
+    assert {shape[0] for shape in shapes} == {2}
+    with torch.no_grad():
+        assert_same(small(x), plain(x))
+        assert len(calls) == len(convolutions)
+        calls.clear()
+        for other in (x[:1], x.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(small(other), plain(other))
+        assert_same(small(x[0]), plain(x[0]))
+    assert calls == []
+    small(x).sum().backward()
+    assert calls == []
+
+
+def test_an_example_measures_linear_layers_at_its_rows(
+    small: nn.Module, gains: dict[int, float], calls: list[int]
+) -> None:
+    plain = copy.deepcopy(small)
+    remarks = kernels.accelerate(small, example=(torch.randn(2, 4, 24),))
+    assert all("3.00 times as fast at 8 rows" in remark.reason for remark in remarks)
+    with torch.no_grad():
+        for rows, used in ((8, True), (7, False), (1, False)):
+            calls.clear()
+            x = torch.randn(rows, 24)
+            assert_same(small(x), plain(x))
+            assert bool(calls) == used
 
 
 def test_a_slower_kernel_is_not_used(small: nn.Module, gains: dict[int, float], calls: list[int]) -> None:
@@ -213,7 +267,7 @@ def test_the_measurement_gives_a_ratio_and_leaves_the_model_alone(small: nn.Modu
     layer = factored(small)[0]
     found = kernels.match(layer.block)
     assert isinstance(found, kernels.Match)
-    gain = layers.measured(found, layer.factors, layer.bias, 2)
+    gain = layers.measured(found, layer.factors, layer.bias, (2, 24))
     assert 0 < gain < 1000
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before, small.parameters(), strict=True))

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tdc import kernels
+from tdc.ir import Decline, Window
+from tdc.kernels.base import Windows
+from tdc.kernels.c import two_products
+from tdc.kernels.c.convolutions import reference, run
+
+from .test_measure import CONV
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+def slides(down: int, across: int, stride: tuple[int, int] = (1, 1), pad: tuple[int, ...] = ()) -> tuple[Window, ...]:
+    """Windows of that many taps; ``pad``: top, bottom, left, right (default: half the window)."""
+    top, bottom, left, right = pad or (down // 2, down // 2, across // 2, across // 2)
+    return Window("p", down, stride[0], 1, top, bottom), Window("q", across, stride[1], 1, left, right)
+
+
+def dilated(windows: tuple[Window, ...]) -> tuple[Window, ...]:
+    return tuple(replace(window, dilation=2) for window in windows)
+
+
+ONE = slides(1, 1)
+CHAINS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Windows]] = {
+    "channels, window, channels": ((2, 9, 14, 14), (8, 12, 17), (ONE, slides(3, 3), ONE)),
+    "the same with a stride": ((3, 5, 15, 12), (9, 16, 33), (ONE, slides(3, 3, (2, 2)), ONE)),
+    "one position": ((1, 24, 1, 1), (8, 8, 24), (ONE, slides(3, 3), ONE)),
+    "7 x 7": ((5, 32, 7, 7), (16, 16, 24), (ONE, slides(3, 3), ONE)),
+    "down, across": ((2, 6, 17, 9), (13, 8), (slides(3, 1), slides(1, 3))),
+    "with other strides": ((2, 6, 17, 9), (13, 8), (slides(5, 1, (3, 1)), slides(1, 4, (1, 2), (0, 0, 2, 1)))),
+    "window, channels": ((2, 3, 23, 19), (21, 5), (slides(7, 7, (2, 2)), ONE)),
+    "channels, window": ((2, 3, 11, 19), (5, 4), (ONE, slides(2, 3, (1, 2), (1, 0, 0, 2)))),
+    "windows all": ((1, 4, 20, 20), (6, 5, 8, 3), (slides(3, 3), slides(3, 3, (2, 1)), slides(5, 1), slides(2, 2))),
+    "a window in the zeros": ((1, 3, 2, 3), (4, 5), (ONE, slides(2, 2, (3, 3), (4, 4, 5, 5)))),
+    "only one": ((2, 7, 10, 10), (9,), (slides(3, 3),)),
+    "a stride without a window": ((2, 7, 9, 10), (9, 4), (slides(1, 1, (2, 2)), ONE)),
+    "bands": ((2, 40, 90, 80), (40, 24, 30), (ONE, slides(3, 3), ONE)),
+    "bands with a stride": ((1, 40, 91, 80), (40, 24, 30), (slides(3, 3), slides(3, 3, (2, 2)), ONE)),
+    "rows longer than a band": ((1, 3, 4, 9000), (8, 8, 3), (slides(3, 3), slides(3, 3), slides(1, 3))),
+}
+
+
+def operands(name: str, bias: bool = True) -> tuple[Any, ...]:
+    """x, weights, bias, windows."""
+    (n, channels, *lengths), outputs, windows = CHAINS[name]
+    made = torch.Generator().manual_seed(0)
+    weights = []
+    for out, pair in zip(outputs, windows, strict=True):
+        taps = [window.size for window in pair if window.size > 1]
+        weights.append(torch.randn(out, channels, *taps, generator=made) / channels**0.5)
+        channels = out
+    some_bias = torch.randn(channels, generator=made) if bias else None
+    return (torch.randn(n, CHAINS[name][0][1], *lengths, generator=made), *weights, some_bias, windows)
+
+
+def mapped(given: tuple[Any, ...], change: Any) -> tuple[Any, ...]:
+    return tuple(change(t) if isinstance(t, Tensor) else t for t in given)
+
+
+@pytest.fixture(params=range(3))
+def version(request: pytest.FixtureRequest) -> int:
+    if request.param >= len(two_products.versions()):
+        pytest.skip(f"this processor does not have {two_products.VERSIONS[request.param]}")
+    return int(request.param)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_results_are_as_good_as_torchs(name: str, bias: bool, version: int) -> None:
+    given = operands(name, bias)
+    right = reference(*mapped(given, Tensor.double))
+    terms = reference(*mapped(given, lambda t: t.double().abs())).norm().item()
+    ours, theirs = (
+        ((y.double() - right).norm() / terms).item() for y in (run(*given, version=version), reference(*given))
+    )
+    assert run(*given, version=version).shape == right.shape
+    assert ours <= 2 * theirs + 2**-24
+
+
+@pytest.fixture
+def three() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["7 x 7", "bands", "bands with a stride", "windows all"])
+@pytest.mark.usefixtures("three")
+def test_threads_change_no_bit(name: str) -> None:
+    given = operands(name)
+    torch.set_num_threads(1)
+    one = run(*given)
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(*given), one)
+
+
+def test_operands_that_are_not_contiguous_are_read_right() -> None:
+    x, *others = operands("channels, window, channels")
+    right = run(x, *others)
+    assert torch.equal(run(x.contiguous(memory_format=torch.channels_last), *others), right)
+    turned = [t.mT.contiguous().mT if isinstance(t, Tensor) and t.ndim > 1 else t for t in others]
+    assert torch.equal(run(x, *turned), right)
+
+
+def test_no_examples_give_none() -> None:
+    x, *others = operands("window, channels")
+    assert run(x[:0], *others).shape == (0, 5, 12, 10)
+
+
+def test_what_is_not_finite_stays_where_it_is() -> None:
+    x, *others = operands("channels, window, channels")
+    x[1, 3, 0, 0] = float("nan")
+    found = run(x, *others)
+    assert found[0].isfinite().all()
+    assert not found[1, :, :2, :2].isfinite().any()
+    assert found[1, :, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x, a, b, c, bias, w: (x[0], a, b, c, bias, w), "shapes do not fit"),
+        (lambda x, a, b, c, bias, w: (x, a, b, bias, w), "shapes do not fit"),
+        (lambda x, a, b, c, bias, w: (x[:, :3], a, b, c, bias, w), "does not fit 3 channels"),
+        (lambda x, a, b, c, bias, w: (x, a, b[..., :2], c, bias, w), "does not fit 8 channels and the windows"),
+        (lambda x, a, b, c, bias, w: (x, a, b, c, bias[1:], w), "bias"),
+        (lambda x, a, b, c, bias, w: (x.double(), a, b, c, bias, w), "float32"),
+        (lambda x, a, b, c, bias, w: (x, a, b, c, bias, (w[0], slides(3, 3, pad=(0, 0, 0, 0)), w[2])), None),
+        (lambda x, a, b, c, bias, w: (x[..., :2], a, b, c, bias, (w[0], slides(3, 3, pad=(0,) * 4), w[2])), "smaller"),
+        (
+            lambda x, a, b, c, bias, w: (
+                x,
+                a,
+                b,
+                c,
+                bias,
+                (w[0], tuple(replace(one, dilation=2) for one in w[1]), w[2]),
+            ),
+            "dilation",
+        ),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused_before_anything_is_read(change: Any, reason: str | None) -> None:
+    given = change(*operands("channels, window, channels"))
+    if reason is None:
+        torch.testing.assert_close(run(*given), reference(*given), rtol=1e-4, atol=1e-4)
+        return
+    with pytest.raises(ValueError, match=reason):
+        run(*given)
+
+
+def test_another_version_is_refused() -> None:
+    with pytest.raises(ValueError, match="version 9"):
+        run(*operands("7 x 7"), version=9)
+
+
+def test_groups_and_dilation_are_declined() -> None:
+    assert isinstance(kernels.match(CONV), kernels.Match)
+    groups = replace(CONV, sizes=(("g", 2), *CONV.sizes[1:]))
+    wide = replace(CONV.ops[0], windows=dilated(CONV.ops[0].windows))
+    for block in (groups, replace(CONV, ops=(wide, CONV.ops[1]))):
+        found = kernels.match(block)
+        assert isinstance(found, Decline)
+        assert "takes float32, on the processor, contiguous, one group, no dilation" in found.reason
