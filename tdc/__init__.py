@@ -31,6 +31,7 @@ from .errors import (  # noqa: E402
     ModelError,
     OptionError,
     PlanError,
+    TargetError,
     TdcError,
     VerificationError,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "PlanError",
     "Report",
     "Statistics",
+    "TargetError",
     "TdcError",
     "VerificationError",
     "calibrate",
