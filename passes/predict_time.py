@@ -62,7 +62,5 @@ def _whole(unit: Unit, before: Estimate, after: Estimate) -> str:
     if table is not None:
         source = f"by the times of this machine, {table.date}, table {table.key}{', noisy' if table.noisy else ''}"
     times = f"{1e3 * after.seconds:.3g} ms of {1e3 * before.seconds:.3g} ms"
-    return (
-        f"the candidate sites are predicted to take {after.seconds / before.seconds:.3g} of their dense time, {times} "
-        f"({(before + after).label}, {source})"
-    )
+    share = f"{after.seconds / before.seconds:.3g} of the dense time"
+    return f"predicted time of the candidate sites: {share}, {times} ({(before + after).label}, {source})"

@@ -11,6 +11,7 @@ from ._clash import check as _check
 _check()
 
 from ._doors import refresh, wait  # noqa: E402
+from ._paths import paths  # noqa: E402
 from .api import (  # noqa: E402
     calibrate,
     compress,
@@ -69,6 +70,7 @@ __all__ = [
     "heal",
     "load",
     "pareto",
+    "paths",
     "plan",
     "refresh",
     "report",

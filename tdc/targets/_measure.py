@@ -1,8 +1,8 @@
 """Measuring a machine: times of products, convolutions, gathers and copies, of TDC's kernels and of an empty call.
 
-Operations are timed in groups of very different ones, called in turn, so that other work on the machine meets all of
-them; each reads another copy of its weights from call to call, from a pool larger than the caches. The points of a
-coarse grid come first, those between them while there is time.
+Operations of one kind and many sizes are called in turn, so that other work on the machine meets all of them, and twice
+with minutes between; each reads another copy of its weights from call to call, from a pool larger than the caches. The
+points of a coarse grid come first, those between them while there is time.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def measure(seconds: float = 120.0, threads: int | None = None, *, progress: boo
 def _measured(deadline: float, progress: bool) -> Table:
     marks = fingerprint()
     pool, taken = _Pool(torch.randn(_POOL)), dict[Work, list[float]]()
-    _time(_first(), pool, taken)
+    for work in _first():
+        _time([work], pool, taken)
     before = min(_time([_SENTINEL], pool, taken))
     groups = [group for tier in _tiers() for group in _groups(tier)]
     slowest = 0.0
@@ -275,5 +276,13 @@ def _fits(work: Work) -> bool:
 
 
 def _groups(works: list[Work]) -> list[list[Work]]:
-    shuffled = random.Random(0).sample(works, len(works))
-    return [shuffled[k : k + _GROUP] for k in range(0, len(shuffled), _GROUP)]
+    """Works of one kind and any sizes in a group; all groups in any order."""
+    chance, kinds = random.Random(0), dict[str, list[Work]]()
+    for work in works:
+        kinds.setdefault(work.kind, []).append(work)
+    groups = []
+    for own in kinds.values():
+        chance.shuffle(own)
+        groups += [own[k : k + _GROUP] for k in range(0, len(own), _GROUP)]
+    chance.shuffle(groups)
+    return groups

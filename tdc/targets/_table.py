@@ -20,7 +20,7 @@ from ..files import atomic_write
 from ..ir import Decline
 from ..ir.machine import Table, Timing, Work
 
-__all__ = ["check", "fingerprint", "folder", "found", "load", "path_of", "save", "to_json"]
+__all__ = ["check", "fingerprint", "folder", "found", "load", "made_folder", "path_of", "save", "to_json"]
 
 VERSION = 1
 _FORMAT = "tdc-table"
@@ -114,19 +114,24 @@ def differences(other: Mapping[str, str]) -> list[str]:
 
 def save(table: Table, path: str | Path | None = None) -> Path:
     """Write a table, all or nothing; by default where it is found again. Raises DestinationError."""
-    where = Path(path) if path is not None else path_of(table)
-    if path is None:
-        try:
-            where.parent.parent.parent.mkdir(parents=True, exist_ok=True)
-            for part in (where.parent.parent, where.parent):
-                part.mkdir(mode=0o700, exist_ok=True)
-            private = _is_private(where.parent) and _is_private(where.parent.parent)
-        except OSError as error:
-            raise DestinationError(f"the folder {where.parent} cannot be made: {error.strerror or error}") from error
-        if not private:
-            raise DestinationError(f"the folder {where.parent} is not yours alone (mode 0700): no table is kept there")
+    where = Path(path) if path is not None else made_folder() / path_of(table).name
     atomic_write(where, to_json(table).encode())
     return where
+
+
+def made_folder() -> Path:
+    """:func:`folder`, made where it is not there. Raises DestinationError unless it is the user's alone."""
+    own = folder()
+    try:
+        own.parent.parent.mkdir(parents=True, exist_ok=True)
+        for part in (own.parent, own):
+            part.mkdir(mode=0o700, exist_ok=True)
+        private = _is_private(own) and _is_private(own.parent)
+    except OSError as error:
+        raise DestinationError(f"the folder {own} cannot be made: {error.strerror or error}") from error
+    if not private:
+        raise DestinationError(f"the folder {own} is not yours alone (mode 0700): no table is kept there")
+    return own
 
 
 def to_json(table: Table) -> str:

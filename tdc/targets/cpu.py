@@ -32,7 +32,7 @@ class CPU(Target):
 
     def here(self) -> Target:
         known = found()
-        return _with(known, "") if isinstance(known, Table) else _with(None, known.reason if known else "")
+        return _with(known, "") if known is None or isinstance(known, Table) else _with(None, known.reason)
 
 
 def with_table(path: str) -> CPU:
