@@ -3,7 +3,8 @@
     python benchmarks/bench_targets.py [--seconds 120] [--table FILE] [--save FILE]
 
 Layers of real networks, on shapes that are not in the table: each as it is, and with the default formats at three
-sizes. All of a layer are timed in turn by the stopwatch of budgets of time (cold weights, least time of two runs).
+sizes. All of a layer are timed in turn by the stopwatch of budgets of time (cold weights, least time of three
+runs, minutes apart).
 Three clocks
 predict: ``table``, the times of this machine, measured for so many seconds before the layers are; ``description``, the
 roofline of generic-cpu alone; ``macs``, multiply-adds. At each size the planner would take what a clock calls fastest,
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from tdc import decompositions, targets
 from tdc.frontends.nn.program import NnProgram
+from tdc.frontends.nn.timing import Stopwatch
 from tdc.ir import DENSE, Block, Candidate, Site
 from tdc.passes._seconds import site_seconds
 from tdc.passes.propose_layouts import lowered
@@ -36,6 +38,7 @@ from tdc.targets import _table
 from tdc.targets._measure import measure
 
 SIZES = (0.7, 0.5, 0.25)
+RUNS = 3
 LINEAR = (
     ("MiniLM query", 384, 384, 512),
     ("MiniLM up", 384, 1536, 512),
@@ -101,30 +104,45 @@ def main() -> None:
     machine = targets.get("cpu").machine
     assert machine is not None
     clocks = {"table": Clock(machine, table), "description": Clock(machine)}
-    rows = [row for case in cases() for row in judged(case, clocks)]
+    trials = [Trial(case) for case in cases()]
+    for _ in range(RUNS):
+        for trial in trials:
+            trial.run()
+    rows = [row for trial in trials for row in judged(trial, clocks)]
     for clock in (*clocks, "macs"):
         rows.append(summary([row for row in rows if row["clock"] == clock], clock))
     head = {"table": table.key, "table points": len(table.timings), "drift": table.drift, "noisy": table.noisy}
     write_rows("targets", [{**row, **head} for row in rows])
 
 
-def judged(case: Case, clocks: dict[str, Clock]) -> list[dict[str, object]]:
+class Trial:
+    """A layer with its candidates, and the least seconds of each in all runs."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.program = NnProgram(nn.Sequential(case.module).eval(), case.example)
+        (self.site,), _ = self.program.sites()
+        with torch.no_grad():
+            rows = case.module(case.example).numel() / self.site.axes["o"] / self.site.axes.get("g", 1)
+        dense = Candidate(self.site, DENSE)
+        self.dense = replace(dense, dense_cost=dense_cost(self.site, rows))
+        self.sizes = [candidates(self.site, self.dense, keep) for keep in SIZES]
+        self.options = [self.dense, *itertools.chain(*self.sizes)]
+        self.least = [float("inf")] * len(self.options)
+
+    def run(self) -> None:
+        blocks = [lowered(targets.get("cpu"), c)[1] for c in self.options[1:]]
+        watch = self.program.stopwatch([self.site])
+        assert isinstance(watch, Stopwatch)
+        found = watch.site(self.site, [block for block in blocks if isinstance(block, Block)])
+        self.least = [min(pair) for pair in zip(self.least, found, strict=True)]
+
+
+def judged(trial: Trial, clocks: dict[str, Clock]) -> list[dict[str, object]]:
     """A row for each clock."""
-    program = NnProgram(nn.Sequential(case.module).eval(), case.example)
-    (site,), _ = program.sites()
-    with torch.no_grad():
-        rows = case.module(case.example).numel() / site.axes["o"] / site.axes.get("g", 1)
-    dense = Candidate(site, DENSE)
-    dense = replace(dense, dense_cost=dense_cost(site, rows))
-    target = targets.get("cpu")
-    sizes = [candidates(site, dense, keep) for keep in SIZES]
-    options = [dense, *itertools.chain(*sizes)]
-    blocks = [lowered(target, c)[1] for c in options[1:]]
-    assert all(isinstance(block, Block) for block in blocks)
-    watch = program.stopwatch([site])
-    measured = [min(pair) for pair in zip(*(watch.site(site, blocks) for _ in range(2)), strict=True)]
+    case, dense, sizes, options, measured = trial.case, trial.dense, trial.sizes, trial.options, trial.least
     times = dict(zip(map(key, options), measured, strict=True))
-    made = []
+    target, made = targets.get("cpu"), []
     for name, tell in (*((n, clock_of(c, target)) for n, c in clocks.items()), ("macs", by_macs(target))):
         told = [tell(c) for c in options]
         guess = dict(zip(map(key, options), (e.seconds for e in told), strict=True))

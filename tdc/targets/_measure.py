@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,19 +42,24 @@ _DRIFT = 0.05
 _SENTINEL = Work("gemm", (256.0, 512.0, 512.0))
 
 
-@dataclass(frozen=True)
 class _Pool:
-    """Weights: views of one large tensor, far from each other."""
+    """Weights: views of one large tensor, one behind the other, so that what is handed out was not read for long."""
 
-    numbers: Tensor
+    def __init__(self) -> None:
+        self.numbers = torch.randn(_POOL)
+        self.place = 0
 
     def copies(self, *shape: int) -> list[Tensor]:
         size = math.prod(shape)
-        if size > len(self.numbers):
-            return [torch.randn(shape)]
-        count = min(_COPIES, len(self.numbers) // size)
-        step = len(self.numbers) // count
-        return [self.numbers[k * step : k * step + size].view(shape) for k in range(count)]
+        return [self._next(size).view(shape) for _ in range(max(1, min(_COPIES, _POOL // (2 * size))))]
+
+    def _next(self, size: int) -> Tensor:
+        if size > _POOL:
+            return torch.randn(size)
+        if self.place + size > _POOL:
+            self.place = 0
+        self.place += size
+        return self.numbers[self.place - size : self.place]
 
 
 def measure(seconds: float = 120.0, threads: int | None = None, *, progress: bool = False) -> Table:
@@ -73,7 +77,7 @@ def measure(seconds: float = 120.0, threads: int | None = None, *, progress: boo
 
 def _measured(deadline: float, progress: bool) -> Table:
     marks = fingerprint()
-    pool, taken = _Pool(torch.randn(_POOL)), dict[Work, list[float]]()
+    pool, taken = _Pool(), dict[Work, list[float]]()
     for work in _first():
         _time([work], pool, taken)
     before = min(_time([_SENTINEL], pool, taken))
