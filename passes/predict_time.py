@@ -11,7 +11,7 @@ from tdc.planning.budget import Budget
 from tdc.planning.seconds import Estimate
 
 from ._clock import call_for, clock_of
-from ._seconds import dense_seconds, site_seconds
+from ._seconds import dense_seconds, kernel_seconds, site_seconds
 from .base import Pass, Unit
 from .propose_joint import members_of
 
@@ -40,7 +40,8 @@ class PredictTime(Pass):
             new = dense if choice.is_dense else site_seconds(clock, unit.target, choice, shares=not first)
             before, after = before + dense, after + new
             if not choice.is_dense and new.seconds > _SLOWER * dense.seconds:
-                remarks.append(Remark(choice.site.name, self.name, _slower(choice, dense, new)))
+                kernel = kernel_seconds(clock, unit.target, choice)
+                remarks.append(Remark(choice.site.name, self.name, _slower(choice, dense, new, kernel)))
         if before.seconds:
             remarks.append(Remark("", self.name, _whole(unit, before, after)))
         if unit.target.remark:
@@ -48,11 +49,14 @@ class PredictTime(Pass):
         return unit.having(plan=replace(plan, remarks=(*plan.remarks, *remarks))).remarking(*remarks)
 
 
-def _slower(choice: Candidate, dense: Estimate, new: Estimate) -> str:
+def _slower(choice: Candidate, dense: Estimate, new: Estimate, kernel: Estimate | None) -> str:
     call = call_for(choice)
     rows = f"{call.rows:.4g} {'positions' if choice.site.kind.is_conv else 'rows'}"
     rows = "1 row" if call.rows == 1 else rows
-    return f"predicted {new.seconds / dense.seconds:.2f} times the dense time at {rows} ({(dense + new).label})"
+    text = f"predicted {new.seconds / dense.seconds:.2f} times the dense time at {rows} ({(dense + new).label})"
+    if kernel is not None:
+        text += f"; {kernel.seconds / dense.seconds:.2f} with tdc.kernels.accelerate ({(dense + kernel).label})"
+    return text
 
 
 def _whole(unit: Unit, before: Estimate, after: Estimate) -> str:

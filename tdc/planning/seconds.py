@@ -164,8 +164,8 @@ class Clock:
         return self._known[key]
 
     def _estimate(self, work: Work) -> Estimate:
-        plain = roofline(self.model, work)
         grid, sizes, own = self._grid(work)
+        plain = roofline(self.model, replace(work, read=1.0) if own else work)  # as the grid was made
         if grid is None:
             return Estimate(plain, "modelled")
         if own and self.table is not None and sizes in (times := self.table.grids[work.kind, work.dtype]):

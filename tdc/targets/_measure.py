@@ -149,7 +149,9 @@ def _bmm(pool: _Pool, _: str, dtype: torch.dtype, batch: int, rows: int, inputs:
 
 
 def _conv(pool: _Pool, window: str, dtype: torch.dtype, examples: int, plane: int, i: int, o: int) -> list[Run]:
-    return _convolutions(pool, window, torch.randn(examples, i, *_square(plane)), (o, i), 1)
+    stride = _window(window)[1]
+    sides = (stride * side for side in _square(plane))
+    return _convolutions(pool, window, torch.randn(examples, i, *sides), (o, i), 1)
 
 
 def _depthwise(pool: _Pool, window: str, dtype: torch.dtype, examples: int, plane: int, channels: int) -> list[Run]:
@@ -157,10 +159,16 @@ def _depthwise(pool: _Pool, window: str, dtype: torch.dtype, examples: int, plan
 
 
 def _convolutions(pool: _Pool, window: str, x: Tensor, channels: tuple[int, int], groups: int) -> list[Run]:
-    taps = [int(size) for size in window.split("x")]
+    taps, stride = _window(window)
     pads = [size // 2 for size in taps]
     weights = pool.copies(*channels, *taps)
-    return [lambda w=w: functional.conv2d(x, w, None, 1, pads, 1, groups) for w in weights]  # type: ignore[misc]
+    return [lambda w=w: functional.conv2d(x, w, None, stride, pads, 1, groups) for w in weights]  # type: ignore[misc]
+
+
+def _window(text: str) -> tuple[list[int], int]:
+    """``3x3/2``: the taps, and the stride."""
+    taps, _, stride = text.partition("/")
+    return [int(size) for size in taps.split("x")], int(stride or 1)
 
 
 def _square(plane: int) -> tuple[int, int]:
@@ -232,10 +240,11 @@ def _first() -> list[Work]:
 def _tiers() -> Iterator[list[Work]]:
     """Coarse grids, then what is between."""
     rates = [Work("gemm", (n, n, n), dtype) for dtype in ("float64", "bfloat16") for n in (256.0, 512.0, 1024.0)]
-    rows, widths = (1, 4, 16, 64, 256, 1024), (8, 32, 128, 512, 2048)
+    rows, widths = (1, 4, 16, 64, 256, 1024), (8, 32, 128, 512, 2048, 4096)
     windows = ("1x1", "3x3", "3x1", "1x3")
     conv = [_grid(f"conv {w}", (1, 16), (4, 64, 1024), (16, 64, 256, 512), (16, 64, 256, 512)) for w in windows]
     coarse = [*rates, *_grid("gemm", rows, widths, widths), *itertools.chain(*conv)]
+    coarse += [w for t in ("1x1/2", "3x3/2") for w in _grid(f"conv {t}", (1, 16), (16, 256, 784), (64, 256), (64, 256))]
     coarse += _grid("take", (1, 16, 256, 4096), (16, 256, 4096))
     coarse += _grid("take planes", (1, 16), (16, 256, 3136), (16, 128, 512))
     coarse += [w for kind in ("concat", "add") for w in _grid(kind, (1, 16, 512), (64, 1024, 16384, 262144))]
@@ -269,7 +278,7 @@ def _grid(kind: str, *lines: Sequence[int]) -> list[Work]:
 
 
 def _macs(work: Work) -> float:
-    taps = math.prod(int(size) for size in work.kind.split()[1].split("x")) if work.kind.startswith("conv") else 1
+    taps = math.prod(_window(work.kind.split()[1])[0]) if work.kind.startswith("conv") else 1
     return math.prod(work.sizes) * taps
 
 

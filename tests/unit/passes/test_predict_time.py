@@ -78,6 +78,19 @@ def test_the_ratio_is_that_of_the_products() -> None:
     assert f"{after / before:.3g} of the dense time, {1e3 * after:.3g} ms of {1e3 * before:.3g} ms" in whole
 
 
+def test_a_slower_site_is_told_what_the_kernel_would_take() -> None:
+    known = table(gather=1e-6)
+    lines = (8.0, 128.0, 1024.0)
+    sizes = itertools.product((1.0, 64.0), lines, lines, lines)
+    kernel = {Work("two products", size): Timing(1e-9, 1e-9) for size in sizes}
+    products = {w: Timing(1e-3, 1e-3) if w.kind == "gemm" else t for w, t in known.timings.items()}
+    target = CPU(replace(known, timings={**products, **kernel}))
+    plan = planned(target, allow=("svd",))
+    slower = [text for choice in plan.choices if not choice.is_dense for text in said(plan, choice.site.name)]
+    assert slower
+    assert all(text.endswith(" with tdc.kernels.accelerate (interpolated)") for text in slower)
+
+
 def test_without_a_table_the_description_speaks_and_decides_nothing() -> None:
     plain, described = planned(targets.get("cpu")), planned(targets.get("generic-cpu"))
     (whole,) = said(plain)
