@@ -9,9 +9,17 @@ from dataclasses import dataclass, replace
 from tdc.errors import BudgetError, ModelError, VerificationError
 from tdc.ir import Candidate, Cost, Plan, Remark, Rival
 from tdc.options import takes_budget
-from tdc.planning.allocate import Option, allocate, allocate_suggested, allocate_uniform, prefer_compressed
+from tdc.planning.allocate import (
+    Option,
+    allocate,
+    allocate_suggested,
+    allocate_uniform,
+    prefer_compressed,
+    prefer_faster,
+)
 from tdc.planning.budget import Budget
 
+from ._seconds import members_seconds
 from .base import Members, Pass, Unit
 from .propose_layouts import metric_name
 
@@ -29,7 +37,8 @@ class ChoosePlan(Pass):
     """``loss = sensitivity * error`` is minimised over all sites within one budget (allocation ``lagrangian``); how far
     the choice can be above the least possible loss stands in the plan.
 
-    Sites that came out dense are then compressed where that is as good, within the band of the prediction. Groups of
+    Sites that came out dense are then compressed where that is as good, within the band of the prediction, and with a
+    table of this machine's times each takes the fastest layout that is as good. Groups of
     sites are decided together where that loses less at the same price. With ``uniform`` every site takes its most
     accurate candidate within the same fraction of its own dense cost. With an allocation that takes no budget, whose
     candidates have the ranks that it suggests, every site takes the one of the shortest description
@@ -150,6 +159,9 @@ def _allocated(unit: Unit, budget: Budget, joined: Collection[int]) -> _Choice:
     options = [[Option(_cost(members), _loss(members)) for members in seat] for seat in seats]
     found = allocate(options, budget)
     taken = prefer_compressed(options, found.chosen)
+    if unit.target.table is not None and not budget.timed:
+        quantities = [key for key, _ in budget.limits]
+        taken = prefer_faster(options, taken, quantities, lambda s, k: members_seconds(unit.target, seats[s][k]))
     chosen = {c.site.order: c for seat, k in zip(seats, taken, strict=True) for c in seat[k]}
     loss = sum(seat[k].loss for seat, k in zip(options, found.chosen, strict=True))
     return _Choice([chosen[site.order] for site in unit.sites], loss, found.bound, found.price)

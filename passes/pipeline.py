@@ -20,6 +20,7 @@ from .fit_factors import FitFactors
 from .fold_permutations import FoldPermutations
 from .group_sites import GroupSites
 from .lower_blocks import LowerBlocks
+from .predict_time import PredictTime
 from .propose_joint import ProposeJoint
 from .propose_layouts import ProposeLayouts
 from .rewrite_graph import RewriteGraph
@@ -35,12 +36,12 @@ PROPOSING: tuple[Pass, ...] = (
     ProposeJoint(),
     TimeLayouts(),
 )
-CHOOSING: tuple[Pass, ...] = (ChoosePlan(), FoldPermutations())
+CHOOSING: tuple[Pass, ...] = (ChoosePlan(), FoldPermutations(), PredictTime())
 PLANNING = PROPOSING + CHOOSING
 LOWERING: tuple[Pass, ...] = (LowerBlocks(), RewriteGraph())
 REALIZING: tuple[Pass, ...] = (FitFactors(), CheckError(), *LOWERING)
 COMPRESSING = PLANNING + REALIZING
-APPLYING = (FindSites(), GroupSites(), Calibrate(), BindPlan(), FoldPermutations(), *REALIZING)
+APPLYING = (FindSites(), GroupSites(), Calibrate(), BindPlan(), FoldPermutations(), PredictTime(), *REALIZING)
 
 Hook = Callable[[Pass, Unit, float], None]
 

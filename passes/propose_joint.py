@@ -13,7 +13,7 @@ from tdc.progress import track
 from tdc.statistics import SiteStatistics
 
 from .base import Members, Pass, Unit
-from .propose_layouts import Work, allowed, lowered, metric_of, site_statistics
+from .propose_layouts import Work, allowed, at_least, lowered, metric_of, site_statistics
 
 __all__ = ["ProposeJoint", "members_of", "with_costs"]
 
@@ -78,9 +78,10 @@ def _candidates(
             if decomposition.too_large(axes, variant):
                 continue
             bare = [replace(c, decomposition=decomposition.name, variant=variant, joint=joint) for c in dense]
-            step = unit.target.rank_step(min(decomposition.full_ranks(axes, variant).values()))
+            full = decomposition.full_ranks(axes, variant)
+            step = unit.target.rank_step(min(full.values()))
             points = {}
-            for ranks in decomposition.rank_lattice(axes, step, variant):
+            for ranks in at_least(unit.target, decomposition.rank_lattice(axes, step, variant), full):
                 made = with_costs(unit, [replace(c, ranks=tuple(ranks.items())) for c in bare], known)
                 if made is not None and _gains(made):
                     points[made] = ranks

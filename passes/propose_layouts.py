@@ -22,6 +22,7 @@ from tdc.progress import track
 from tdc.statistics import SiteStatistics
 from tdc.targets import Target
 
+from ._clock import order_cost
 from .base import Pass, Unit
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ProposeLayouts",
     "Work",
     "allowed",
+    "at_least",
     "lowered",
     "metric_name",
     "metric_of",
@@ -142,7 +144,7 @@ def lowered(target: Target, candidate: Candidate) -> tuple[Layout, Block | Decli
     if candidate.joint is not None:
         layout = layout.with_size("o", site.axes["o"])
     if candidate.execution == "factored":
-        block = _straight(target, site, layout)
+        block = _straight(target, candidate, layout)
     else:
         block = target.lower_weight(site.kind, layout, site.windows, candidate.execution)
     if candidate.folded and isinstance(block, Block):
@@ -150,9 +152,10 @@ def lowered(target: Target, candidate: Candidate) -> tuple[Layout, Block | Decli
     return layout, block
 
 
-def _straight(target: Target, site: Site, layout: Layout) -> Block | Decline:
+def _straight(target: Target, candidate: Candidate, layout: Layout) -> Block | Decline:
+    site = candidate.site
     try:
-        paths = contraction_paths(site.kind, layout, site.windows)
+        paths = contraction_paths(site.kind, layout, site.windows, order_cost(target, candidate, layout))
     except ValueError as error:
         return Decline(str(error))
     return target.lower(site.kind, layout, paths)
@@ -208,13 +211,22 @@ def _lattice(
         return Decline(f"needs the moment of {math.prod(site.matrix[2:])} inputs, which is not kept")
     full = decomposition.full_ranks(site.axes, variant)
     stepped = suggested is None and unit.options.allocation != "uniform"
-    lattice = decomposition.rank_lattice(
-        site.axes, unit.target.rank_step(min(full.values())) if stepped else 1, variant
-    )
+    step = unit.target.rank_step(min(full.values())) if stepped else 1
+    lattice = at_least(unit.target, decomposition.rank_lattice(site.axes, step, variant), full)
+    if not lattice and unit.target.min_rank > 1:
+        return Decline(f"{unit.target.name} wants ranks of at least {unit.target.min_rank}")
     if suggested is None or not lattice:
         return lattice
     ranks = suggested.ranks(_layout(decomposition.name, site.sizes, tuple(full.items()), variant), full)
     return ranks if isinstance(ranks, Decline) else [ranks]
+
+
+def at_least(
+    target: Target, lattice: Sequence[Mapping[str, int]], full: Mapping[str, int]
+) -> Sequence[Mapping[str, int]]:
+    """The ranks none of which is below what suits the target, as far as full rank allows."""
+    least = {axis: min(target.min_rank, rank) for axis, rank in full.items()}
+    return [ranks for ranks in lattice if all(rank >= least.get(axis, 1) for axis, rank in ranks.items())]
 
 
 def _points(

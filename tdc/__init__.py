@@ -11,6 +11,7 @@ from ._clash import check as _check
 _check()
 
 from ._doors import refresh, wait  # noqa: E402
+from ._paths import paths  # noqa: E402
 from .api import (  # noqa: E402
     calibrate,
     compress,
@@ -31,6 +32,7 @@ from .errors import (  # noqa: E402
     ModelError,
     OptionError,
     PlanError,
+    TargetError,
     TdcError,
     VerificationError,
 )
@@ -57,6 +59,7 @@ __all__ = [
     "PlanError",
     "Report",
     "Statistics",
+    "TargetError",
     "TdcError",
     "VerificationError",
     "calibrate",
@@ -67,6 +70,7 @@ __all__ = [
     "heal",
     "load",
     "pareto",
+    "paths",
     "plan",
     "refresh",
     "report",

@@ -1,4 +1,4 @@
-"""The command ``tdc``: plan, compress, calibrate, report, list, demo.
+"""The command ``tdc``: plan, compress, calibrate, report, target, list, demo.
 
 Exit status: 0 done; 2 refused (the message says why, nothing was written); 5 a result failed its check; 6 an output
 could not be written; 70 a bug in TDC; 130 interrupted.
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--explain", nargs="*", metavar="SITE", help="print what was considered for these sites (all), and why it lost"
     )
+    plan.add_argument("--paths", action="store_true", help="print the contraction order of every replaced site")
     budget = plan.add_mutually_exclusive_group()
     budget.add_argument("--pareto", action="store_true", help="a table of plans that keep 0.9 to 0.1 of the parameters")
     budget.add_argument("--budget", help=_BUDGET)
@@ -122,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true")
     report.set_defaults(run=_report)
 
+    target = commands.add_parser("target", help="machines: list, show, measure")
+    _target_commands(target.add_subparsers(required=True, metavar="what"))
+
     listing = commands.add_parser("list", help="decompositions, targets, passes")
     listing.add_argument("what", choices=("decompositions", "targets", "passes"))
     listing.set_defaults(run=_list)
@@ -130,6 +134,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--budget", default="params=0.6", help="default: params=0.6")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _target_commands(commands: Any) -> None:
+    listing = commands.add_parser("list", help="all targets")
+    listing.set_defaults(run=_target_list)
+    show = commands.add_parser("show", help="the description of a target, and the times that were measured")
+    show.add_argument("name", help="a target, a description (.toml) or a table of times (.json)")
+    show.set_defaults(run=_target_show)
+    measure = commands.add_parser("measure", help="measure this machine, so that plans know what layers take on it")
+    measure.add_argument("--seconds", type=float, default=120.0, help="about how long (default 120)")
+    measure.add_argument("--threads", type=int, help="threads to use (default: as torch has it)")
+    measure.add_argument("-o", "--output", help="write the table to this file instead of the user's cache")
+    measure.add_argument("--quiet", action="store_true", help="no progress bar")
+    measure.set_defaults(run=_target_measure)
 
 
 def _version() -> str:
@@ -154,7 +172,7 @@ def _deciding(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--statistics", metavar="FILE", help="what 'tdc calibrate' wrote")
     parser.add_argument("--metric", default="auto", help="weight, input, fisher or auto (default)")
-    parser.add_argument("--target", default="auto", help="see 'tdc list targets'")
+    parser.add_argument("--target", default="auto", help="see 'tdc target list', or the path of a description (.toml)")
     parser.add_argument("--allow", action="append", metavar="NAME", help="decomposition to choose from, or all")
     parser.add_argument(
         "--allocation",
@@ -191,6 +209,10 @@ def _plan(options: argparse.Namespace) -> None:
     if options.output:
         atomic_write(options.output, made.to_json().encode())
     print(_visible(str(made) if options.explain is None else made.explain(*options.explain)))
+    if options.paths:
+        from ._paths import paths
+
+        print("\n" + _visible(paths(made, target=options.target)))
 
 
 def _check_output(output: str, *read: str | None) -> None:
@@ -234,6 +256,33 @@ def _report(options: argparse.Namespace) -> None:
     print(made.to_json() if options.json else _visible(str(made)))
 
 
+def _target_list(options: argparse.Namespace) -> None:
+    from ._target_command import listed
+
+    print(_visible(listed()))
+
+
+def _target_show(options: argparse.Namespace) -> None:
+    from ._target_command import shown
+
+    print(_visible(shown(options.name)))
+
+
+def _target_measure(options: argparse.Namespace) -> None:
+    from . import targets
+    from ._target_command import measured
+    from .targets._measure import measure
+    from .targets._table import made_folder, save
+
+    if options.output:
+        _check_output(options.output, None)
+    else:
+        made_folder()
+    table = measure(options.seconds, options.threads, progress=not options.quiet)
+    where = save(table, options.output)
+    print(_visible(f"{measured(table, targets.get('cpu').machine)}\n\nwritten: {where}"))
+
+
 def _list(options: argparse.Namespace) -> None:
     from . import decompositions, targets
     from .ir.text import format_table
@@ -247,7 +296,8 @@ def _list(options: argparse.Namespace) -> None:
             for variant, equation in decomposition.equations.items():
                 print(f"\n{decomposition.name}{'/' if variant else ''}{variant}: {equation}")
     elif options.what == "targets":
-        print(format_table(("name", "what"), [(n, targets.get(n).summary) for n in targets.names()], left=2))
+        names = (*targets.names(), *targets.described())
+        print(format_table(("name", "what"), [(n, targets.get(n).summary) for n in names], left=2))
     else:
         rows = [(p.name, ((type(p).__doc__ or "").strip().splitlines() or [""])[0]) for p in COMPRESSING]
         print(format_table(("name", "what"), rows, left=2))

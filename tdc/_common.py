@@ -163,7 +163,9 @@ def realized(
         return Pipeline([exchange(step) for step in COMPRESSING]).run(unit)
     if isinstance(plan, (str, Path)):
         plan = Plan.load(plan)
-    target = targets.get(plan.target if unit.options.target == "auto" else unit.options.target)
+    target = unit.target
+    if unit.options.target == "auto" and plan.target != target.name:
+        target = targets.get(plan.target)
     return Pipeline([exchange(step) for step in APPLYING]).run(unit.having(plan=plan, target=target))
 
 

@@ -22,6 +22,7 @@ from .passes.base import Unit
 from .passes.fit_factors import FitFactors
 from .report import Report
 from .statistics import Statistics
+from .targets import Target
 
 __all__ = ["Outcome", "decide", "refit"]
 
@@ -50,8 +51,12 @@ def decide(
         sites = program.sites()[0]
         plan = None if settings.plan is None else _part_of(settings.plan, sites)
         options = replace(settings.options, exclude=_fitting(settings.options.exclude, sites))
-        unit = Unit(program, targets.get(options.target), options, calibration, settings.probe, settings.statistics)
+        unit = Unit(program, _target(settings), options, calibration, settings.probe, settings.statistics)
         return _outcome(unit, program, plan, example, settings.cache)
+
+
+def _target(settings: Settings) -> Target:
+    return settings.machine or targets.get(settings.options.target)
 
 
 def refit(bound: Bound, settings: Settings, old: Outcome) -> Outcome:
@@ -63,7 +68,7 @@ def refit(bound: Bound, settings: Settings, old: Outcome) -> Outcome:
         choices = tuple(replace(c, site=now[c.site.order]) for c in old.plan.choices if c.site.order in now)
         known = None if old.statistics is None else _renamed(old.statistics, old.sites, now)
         options = replace(settings.options, budget=None, allocation=Options.allocation, exclude=())
-        unit = Unit(program, targets.get(options.target), options, statistics=known)
+        unit = Unit(program, _target(settings), options, statistics=known)
         new = _outcome(unit, program, replace(old.plan, choices=choices), None, settings.cache)
     before, after = old.report.model_before, old.report.model_after
     return replace(new, report=replace(new.report, model_before=before, model_after=after))

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from . import targets
 from ._common import check_decided, checked_options
 from ._lowering import INNER, Lowering
 from .errors import OptionError
 from .ir import Plan
 from .options import Options, takes_budget
 from .statistics import Statistics
+from .targets import Target
 
 __all__ = ["Settings", "log"]
 
@@ -70,6 +72,10 @@ class Settings:
     """The user's own mapping: kept, so that its identity stays its own."""
     warned: list[bool] = field(default_factory=list)
     """Not empty once it was said that gradients make the model run dense."""
+    machine: Target | None = None
+    """The target, looked up where the model is compiled: what is known of it depends on the threads that torch uses,
+    and planning in the background uses one.
+    """
 
     @property
     def lowering(self) -> Lowering:
@@ -103,7 +109,8 @@ class Settings:
         check_decided(options, plan)
         if chosen.get("cache") is not None:
             chosen["cache"] = _folder(chosen["cache"])
-        made = cls(options, plan, statistics, **chosen, mode=mode, given=given)
+        machine = targets.get(options.target)
+        made = cls(options, plan, statistics, **chosen, mode=mode, given=given, machine=machine)
         made._check_values()
         return made
 
@@ -143,7 +150,7 @@ def _folder(given: object) -> Path:
     return path
 
 
-_KNOWN = set(_OPTIONS) | {field.name for field in fields(Settings)} - {"options", "mode", "given", "warned"}
+_KNOWN = set(_OPTIONS) | {field.name for field in fields(Settings)} - {"options", "mode", "given", "warned", "machine"}
 _said: list[int] = []
 
 

@@ -29,6 +29,12 @@ class PlanError(TdcError, ValueError):
     """A plan that cannot be read, or that does not fit the model. The message names the site."""
 
 
+class TargetError(OptionError):
+    """A target's description, or a table of times, that cannot be read or does not fit this machine. The message names
+    the file and the key.
+    """
+
+
 class VerificationError(TdcError, RuntimeError):
     """A result that failed its own check (a broken invariant of a pass, a model that the runtime refuses)."""
 

@@ -48,6 +48,12 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No times that somebody measured on this machine."""
+    monkeypatch.setattr("tdc.targets._table.folder", lambda: Path("/nonexistent/tdc/targets"))
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """``golden(text)`` compares with ``tests/golden/<test file>/<test name>.txt``; one call a test."""

@@ -15,6 +15,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "plan": (("model", "example_inputs"), {"budget", "statistics"}),
     "heal": (("small", "model", "batches"), {"config", "progress"}),
     "pareto": (("model", "example_inputs"), {"budgets", "statistics"}),
+    "paths": (("plan",), {"target"}),
     "compress": (
         ("model", "example_inputs"),
         {

@@ -99,7 +99,7 @@ class Block:
         is counted in the step whose factor carries it, and nowhere else.
         """
         shapes, sizes = {**dict(self.factors), **self._dense_shape()}, dict(self.sizes)
-        positions = self._positions(ratios)
+        positions = self.positions_at(ratios)
         total = 0.0
         for op in self.ops:
             if op.equation is not None and op.output not in without:
@@ -113,13 +113,12 @@ class Block:
         """The most numbers of activations that live at a time, per activation row or output position; see
         :meth:`macs_at`.
         """
-        positions, width = self._positions(ratios), {self.input: self._input_width()}
+        positions, width = self.positions_at(ratios), self.widths()
         last = {name: k for k, op in enumerate(self.ops) for name in op.inputs}
         live, most = {self.input}, 0.0
         for k, op in enumerate(self.ops):
             if op.kind == "weight":
                 continue
-            width[op.output] = self._width(op, width)
             live.add(op.output)
             most = max(most, sum(width[name] * positions[name] for name in live))
             live -= {name for name in live if last.get(name, -1) <= k and name != self.output}
@@ -140,8 +139,15 @@ class Block:
             for piece in op.rebuild.pieces
         )
 
-    def _positions(self, ratios: Mapping[str, float]) -> dict[str, float]:
-        """Entries of every value per output position, channels not counted."""
+    def widths(self) -> dict[str, int]:
+        """Channels of every value."""
+        width = {self.input: self._input_width()}
+        for op in (op for op in self.ops if op.kind != "weight"):
+            width[op.output] = self._width(op, width)
+        return width
+
+    def positions_at(self, ratios: Mapping[str, float]) -> dict[str, float]:
+        """Entries of every value per output position, channels not counted; ``ratios`` as for :meth:`macs_at`."""
         waiting = {window.axis for op in self.ops for window in op.windows if not window.trivial}
         passed: dict[str, frozenset[str]] = {self.input: frozenset()}
         for op in (op for op in self.ops if op.kind != "weight"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations
 from math import prod
@@ -15,7 +15,7 @@ from opt_einsum.paths import PathOptimizer
 from ..ir import Equation, Layout, OpKind, Path, Piece, Step, Window
 from ..ir.equation import Term
 
-__all__ = ["ActivationFirst", "contraction_paths"]
+__all__ = ["ActivationFirst", "StepCost", "StepSizes", "contraction_paths", "multiply_adds"]
 
 
 _OUTER = 1e30
@@ -23,8 +23,34 @@ _OUTER = 1e30
 well, and convolutions cannot."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """One step for one activation row or output position: ``batch`` axes that activation, factor and result share,
+    ``others`` of the activation alone, ``inputs`` summed over, ``outputs`` of the factor alone, ``taps`` of each window
+    axis, and the ``positions`` at which the step runs for each output position. ``conv``: whether it is a convolution.
+    """
+
+    batch: int
+    others: int
+    inputs: int
+    outputs: int
+    taps: tuple[int, ...] = ()
+    positions: int = 1
+    conv: bool = False
+    strided: bool = False
+
+
+StepCost = Callable[[StepSizes], float]
+
+
+def multiply_adds(step: StepSizes) -> float:
+    """The multiply-adds of a step for one row."""
+    return step.batch * step.others * step.inputs * step.outputs * prod(step.taps) * step.positions
+
+
 class ActivationFirst(PathOptimizer):
-    """Orders in which operand 0, the activation, takes part in every contraction; the one of fewest multiply-adds.
+    """Orders in which operand 0, the activation, takes part in every contraction; the one of least cost, by default of
+    fewest multiply-adds.
 
     A step between two factors would have only constant inputs: a constant folder downstream would run it once and put
     the dense weight back. All orders are tried; one without outer products is taken where
@@ -32,12 +58,19 @@ class ActivationFirst(PathOptimizer):
 
     ``strides``: the window axes of a convolution with their strides. Such an axis lies on the activation's sliding
     view; it is charged in the step whose factor carries it, by its number of taps, and in no other one. Until then the
-    steps run at every entry of the input along it: stride times as many as there are positions.
+    steps run at every entry of the input along it: stride times as many as there are positions. ``rows``: the axis that
+    stands for all activation rows.
     """
 
-    def __init__(self, strides: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        strides: Mapping[str, int] | None = None,
+        cost: StepCost = multiply_adds,
+        rows: str = "",
+        conv: bool = False,
+    ) -> None:
         super().__init__()
-        self.strides = dict(strides or {})
+        self.strides, self.cost, self.rows, self.conv = dict(strides or {}), cost, rows, conv
 
     def __call__(
         self, inputs: list[frozenset[str]], output: frozenset[str], size_dict: dict[str, int], memory_limit: Any = None
@@ -51,15 +84,31 @@ class ActivationFirst(PathOptimizer):
     ) -> float:
         cost = 0.0
         for k, factor in enumerate(factors):
-            waiting = (activation & set(self.strides)) - factor
             later = frozenset().union(output, *factors[k + 1 :])
             if not (activation & factor) - output - set(self.strides):
                 cost += _OUTER
-            cost += prod(sizes[axis] for axis in (activation | factor) - waiting) * prod(
-                self.strides[axis] for axis in waiting & later
-            )
+            cost += self.cost(self._step(activation, factor, later, sizes))
             activation = (activation | factor) & later
         return cost
+
+    def _step(
+        self, activation: frozenset[str], factor: frozenset[str], later: frozenset[str], sizes: dict[str, int]
+    ) -> StepSizes:
+        def size(axes: frozenset[str]) -> int:
+            return prod(sizes[axis] for axis in axes)
+
+        windows = frozenset(self.strides)
+        waiting, both = (activation & windows) - factor, (activation & factor) - windows
+        return StepSizes(
+            batch=size(both & later),
+            others=size(activation - factor - windows - {self.rows}),
+            inputs=size(both - later),
+            outputs=size(factor - activation),
+            taps=tuple(sizes[axis] if axis in factor else 1 for axis in self.strides),
+            positions=prod(self.strides[axis] for axis in waiting & later),
+            conv=self.conv,
+            strided=any(stride > 1 and axis in factor for axis, stride in self.strides.items()),
+        )
 
 
 def _linear(order: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -76,16 +125,18 @@ def _linear(order: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 @lru_cache(maxsize=4096)
-def contraction_paths(kind: OpKind, layout: Layout, windows: tuple[Window, ...] = ()) -> tuple[Path, ...]:
-    """One path for every piece of the layout, for one activation row or output position.
+def contraction_paths(
+    kind: OpKind, layout: Layout, windows: tuple[Window, ...] = (), cost: StepCost = multiply_adds
+) -> tuple[Path, ...]:
+    """One path for every piece of the layout, for one activation row or output position, of least ``cost``.
 
     ``windows`` (of the site) go to the steps whose factors carry them; one that no factor carries goes to the first
     step. Raises ValueError where two factors of a piece carry the same window axis.
     """
-    return tuple(_piece_path(kind, layout, piece, windows) for piece in layout.rebuild.pieces)
+    return tuple(_piece_path(kind, layout, piece, windows, cost) for piece in layout.rebuild.pieces)
 
 
-def _piece_path(kind: OpKind, layout: Layout, piece: Piece, windows: tuple[Window, ...]) -> Path:
+def _piece_path(kind: OpKind, layout: Layout, piece: Piece, windows: tuple[Window, ...], cost: StepCost) -> Path:
     whole = _split(kind.dense, layout).substitute(1, piece.equation)
     for window in windows:
         if sum(window.axis in term.axes for term in whole.inputs[1:]) > 1:
@@ -95,7 +146,8 @@ def _piece_path(kind: OpKind, layout: Layout, piece: Piece, windows: tuple[Windo
     text = ",".join("".join(code[a] for a in term.axes) for term in whole.inputs)
     text += "->" + "".join(code[a] for a in whole.output.axes)
     shapes = [tuple(sizes[a] for a in term.axes) for term in whole.inputs]
-    search = ActivationFirst({code[window.axis]: window.stride for window in windows})
+    strides = {code[window.axis]: window.stride for window in windows}
+    search = ActivationFirst(strides, cost, code["b"], kind.is_conv)
     path, _ = opt_einsum.contract_path(text, *shapes, shapes=True, optimize=search)
     return _slid(_steps(whole, piece.operands, path), windows)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
-from typing import ClassVar
 
 from ..ir import Block, Decline, Equation, Layout, Op, OpKind, Path, Pivot, Step, Term, Window
+from ..ir.machine import Machine, Table
 from ..ir.verify import verify_block
 
 __all__ = ["Target", "dense_weight", "straight_line"]
@@ -16,10 +16,27 @@ __all__ = ["Target", "dense_weight", "straight_line"]
 class Target:
     """A machine: which ranks suit it, and how it runs a layout. One file each; found by discovery."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    rank_multiple: ClassVar[int] = 8
+    name: str
+    summary: str
+    rank_multiple: int = 8
     """Ranks are proposed as multiples of this (small weights excepted)."""
+    min_rank: int = 1
+    """No smaller rank is proposed."""
+    machine: Machine | None = None
+    """What is known of it as data, for predictions of time."""
+    table: Table | None = None
+    """Times that were measured on it."""
+    remark: str = ""
+    """Why there is no table although one might be expected."""
+
+    @property
+    def orders_by_time(self) -> bool:
+        """Whether contraction orders are those of least time, and not of fewest multiply-adds."""
+        return False
+
+    def here(self) -> Target:
+        """The target with what this machine knows of it."""
+        return self
 
     def rank_step(self, full: int) -> int:
         """Lattice step for ranks up to ``full``: ``rank_multiple`` where that leaves eight steps, half of it where that

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tdc.errors import BudgetError
 from tdc.ir import Cost
-from tdc.planning.allocate import Option, allocate, allocate_suggested, prefer_compressed
+from tdc.planning.allocate import Option, allocate, allocate_suggested, prefer_compressed, prefer_faster
 from tdc.planning.budget import Budget
 
 Problem = list[list[Option]]
@@ -219,3 +219,39 @@ def test_of_suggested_options_the_one_of_the_shortest_description_is_taken() -> 
     sites = [site((300, 0.02), (390, 0.01)), site((300, 0.02), (410, 0.01)), site((5, 0.98), (300, 0.02)), site()]
     assert allocate_suggested(sites) == [1, 0, 1, 0]
     assert allocate_suggested([site((300, 1e-15), (310, 0.0))]) == [0], "rounding counts for nothing"
+
+
+def timed(*rows: tuple[int, float, float]) -> tuple[list[Option], list[float]]:
+    """Options of (params, loss), and the seconds of each."""
+    return [Option(Cost(params, 0, 0.0), loss) for params, loss, _ in rows], [seconds for *_, seconds in rows]
+
+
+def test_the_faster_of_two_that_are_as_good_is_taken() -> None:
+    site, seconds = timed((50, 1.01, 2.0), (50, 1.0, 3.0), (100, 0.0, 4.0))
+    assert prefer_faster([site], [1], ["params"], lambda s, k: seconds[k]) == [0]
+
+
+@pytest.mark.parametrize(
+    ("rival", "why"),
+    [
+        ((50, 1.04, 1.0), "it loses more than three hundredths"),
+        ((51, 0.9, 1.0), "it costs more than what it would replace"),
+        ((50, 1.0, 2.99), "it saves less than two hundredths of the time"),
+    ],
+)
+def test_what_is_not_as_good_or_hardly_faster_is_not(rival: tuple[int, float, float], why: str) -> None:
+    site, seconds = timed(rival, (50, 1.0, 3.0), (100, 0.0, 0.5))
+    assert prefer_faster([site], [1], ["params"], lambda s, k: seconds[k]) == [1], why
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=2, max_size=6), min_size=1, max_size=5)
+)
+def test_preferring_speed_never_costs_more_nor_loses_more_than_the_band(sites: list[list[tuple[int, float]]]) -> None:
+    options = [[Option(Cost(params, 0, 0.0), loss) for params, loss in site] for site in sites]
+    before = [len(site) // 2 for site in options]
+    after = prefer_faster(options, before, ["params"], lambda s, k: 1.0 + ((7 * k + 3 * s) % 5))
+    old, new = (sum(site[k].loss for site, k in zip(options, chosen, strict=True)) for chosen in (before, after))
+    assert new <= 1.03 * old + 1e-12
+    assert all(s[k].cost.params <= s[j].cost.params for s, j, k in zip(options, before, after, strict=True))

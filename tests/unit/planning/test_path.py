@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from tdc import targets
 from tdc.ir import Block, Layout, OpKind, Rebuild, Window
 from tdc.ir.path import Path
-from tdc.planning.path import ActivationFirst, contraction_paths
+from tdc.passes._clock import StepSeconds
+from tdc.planning.path import ActivationFirst, StepSizes, contraction_paths, multiply_adds
+from tdc.planning.seconds import Clock
+from tdc.planning.works import Call
 
 SIZE = st.integers(1, 30)
 CHAIN = "o i = u[o s] c[s r] v[r i]"
@@ -150,3 +153,30 @@ def test_two_factors_on_one_window_axis_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"two factors .* slide over the window axis p"):
         contraction_paths(OpKind.CONV1D, layout, (Window("p", 3),))
+
+
+@pytest.mark.parametrize("name", ["generic-cpu", "nvidia-h200"])
+@pytest.mark.parametrize("rows", [1.0, 300.0])
+def test_by_time_no_other_order_is_predicted_to_be_faster(name: str, rows: float) -> None:
+    """Two Kronecker factors, the steps of both orders written out by hand."""
+    machine = targets.get(name).machine
+    assert machine is not None
+    cost = StepSeconds(Clock(machine), Call(rows))
+    for o1, o2, i1, i2 in itertools.product((2, 64), (3, 50), (5, 70), (4, 33)):
+        sizes = (("o", o1 * o2), ("i", i1 * i2), ("o1", o1), ("o2", o2), ("i1", i1), ("i2", i2))
+        layout = Layout(Rebuild.parse("(o1 o2) (i1 i2) = a[o1 i1] c[o2 i2]"), sizes)
+        (path,) = contraction_paths(OpKind.LINEAR, layout, cost=cost)
+        first = cost(StepSizes(1, i2, i1, o1)) + cost(StepSizes(1, o1, i2, o2))
+        second = cost(StepSizes(1, i1, i2, o2)) + cost(StepSizes(1, o2, i1, o1))
+        assert [step.factor for step in path] == (["a", "c"] if first <= second else ["c", "a"])
+
+
+def test_the_order_is_the_one_of_least_cost_whatever_the_cost() -> None:
+    """Kronecker factors commute: by multiply-adds the first one goes first, and by the opposite cost the other one."""
+    kind, sizes = OpKind.LINEAR, (("o", 12), ("i", 40), ("o1", 2), ("o2", 6), ("i1", 20), ("i2", 2))
+    layout = Layout(Rebuild.parse("(o1 o2) (i1 i2) = a[o1 i1] c[o2 i2]"), sizes)
+    orders = {}
+    for name, cost in (("least", multiply_adds), ("most", lambda step: -multiply_adds(step))):
+        (path,) = contraction_paths(kind, layout, cost=cost)
+        orders[name] = [step.factor for step in path]
+    assert orders == {"least": ["a", "c"], "most": ["c", "a"]}
