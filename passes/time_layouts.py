@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tdc.errors import BudgetError
-from tdc.frontends.program import Stopwatch
+from tdc.frontends.program import Kernel, Stopwatch
 from tdc.ir import Block, Candidate, Remark, Site
+from tdc.kernels import Match, match
 from tdc.planning.budget import Budget
 from tdc.progress import track
 
@@ -76,8 +77,8 @@ class _Mix:
     def key(self, site: Site) -> object:
         return tuple(watch.key(site) for watch, _ in self.parts)
 
-    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
-        each = [[weight * seconds for seconds in watch.site(site, blocks)] for watch, weight in self.parts]
+    def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[Kernel | None] = ()) -> list[float]:
+        each = [[weight * seconds for seconds in watch.site(site, blocks, kernels)] for watch, weight in self.parts]
         return [sum(column) for column in zip(*each, strict=True)]
 
 
@@ -137,11 +138,18 @@ def _curves(unit: Unit, watch: Stopwatch, options: Sequence[Candidate]) -> dict[
             block = lowered(unit.target, own[place])[1]
             assert isinstance(block, Block)
             chosen.append((own[place], block))
-    seconds = watch.site(options[-1].site, [block for _, block in chosen])
+    blocks = [block for _, block in chosen]
+    seconds = watch.site(options[-1].site, blocks, [_kernel(block) for block in blocks])
     points: dict[str, list[tuple[float, float]]] = {_format(options[-1]): [(options[-1].cost.macs, seconds[0])]}
     for (candidate, _), time in zip(chosen, seconds[1:], strict=True):
         points.setdefault(_format(candidate), []).append((candidate.cost.macs, time))
     return {name: _Curve(*zip(*sorted(own), strict=True)) for name, own in points.items()}
+
+
+def _kernel(block: Block) -> Kernel | None:
+    """What runs the block on this machine beside stock operators."""
+    found = match(block)
+    return found.run if isinstance(found, Match) else None
 
 
 def _timed(candidate: Candidate, curves: dict[str, _Curve], dense: float) -> Candidate:

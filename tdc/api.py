@@ -30,6 +30,8 @@ from .front import Front, front_of
 from .frontends.nn import Factored, NnProgram, as_call, times
 from .heal import Heal, heal, healed
 from .ir import Cost, Plan
+from .kernels import accelerate
+from .kernels.layers import STAGE
 from .options import Options, takes_budget
 from .passes.base import Unit
 from .passes.calibrate import Calibrate
@@ -257,9 +259,18 @@ def _finished(unit: Unit, model: nn.Module, before: Cost, example: Any, heal: bo
         healed(small, model, unit.anchors, how, progress=unit.options.progress)
     if is_timed(unit.options) and small is not model:
         call = as_call(model, example)
+        noted(small, STAGE, _on_kernels(small, unit.workload[0][0] if unit.workload else call))
         noted(small, TimeLayouts.name, told_times(unit, lambda batch: times(model, small, batch or call)))
     note_in_config(small, small.__dict__[RECORD])
     return small
+
+
+def _on_kernels(small: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """Let the layers run on kernels where these are faster; what came of it."""
+    args, kwargs = call
+    layers = accelerate(small, example=None if args and kwargs else args or kwargs)
+    used = sum(layer.on_kernels for layer in small.modules() if isinstance(layer, Factored))
+    return f"{used} of {len(layers)} replaced layers run on kernels, which are not saved with the model"
 
 
 def _check_module(model: object, heal: object, calibration: object, inplace: bool, evaluate: object) -> None:

@@ -14,6 +14,7 @@ from ..ir import Block, Cost, Remark, Site
 
 __all__ = [
     "Change",
+    "Kernel",
     "Program",
     "Replacement",
     "Stopwatch",
@@ -28,6 +29,9 @@ __all__ = [
 Tap = Callable[[Site, Tensor], None]
 """Called with a site and the activation that enters it: any leading axes and the site's input axis last; for
 convolutions (examples, channels, window axes...), before the padding that the site's windows state."""
+
+Kernel = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
+"""Runs a block: takes its input, its factors and the bias, gives None where it cannot."""
 
 _ENTRIES = 8
 _CHUNK = 1 << 22
@@ -70,8 +74,10 @@ class Stopwatch(Protocol):
     def key(self, site: Site) -> object:
         """Equal for sites that take the same time."""
 
-    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
-        """All uses of a site together, as it is and with each of the blocks in place of it."""
+    def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[Kernel | None] = ()) -> list[float]:
+        """All uses of a site together, as it is and with each of the blocks in place of it. ``kernels``: of each block,
+        what else can run it; where this door can use that, and it is faster, that is the time.
+        """
 
 
 class Program(Protocol):

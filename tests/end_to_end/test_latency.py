@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Fake:
     def key(self, site: Site) -> object:
         return site.sizes
 
-    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
+    def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[object] = ()) -> list[float]:
         self.asked += 1
         factor = 10.0 if self.slow and self.slow in site.names else 1.0
         return [RATE * site.params, *(RATE * factor * self._work(block) for block in blocks)]
@@ -160,6 +161,7 @@ def test_on_this_machine() -> None:
     small = tdc.compress(dense, DATA[0], budget="latency_ms=1000", calibration=DATA, progress=False)
     told = [r.reason for r in tdc.report(small).remarks if r.stage == "time-layouts"]
     assert any("of the dense time" in reason and "ms" in reason for reason in told)
+    assert any("replaced layers run on kernels" in r.reason for r in tdc.report(small).remarks)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in dense.modules())
     program = NnProgram(dense, (DATA[0],))
     sites = program.sites()[0]
@@ -170,6 +172,30 @@ def test_on_this_machine() -> None:
     assert seconds > 0
     assert 0 < part <= 1
     assert len(watch.site(sites[0], [])) == 1
+
+
+def test_a_kernel_counts_where_it_is_faster() -> None:
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Linear(256, 256)).eval()
+    program = NnProgram(net, (torch.randn(1, 256),))
+    (site,) = program.sites()[0]
+    options = Options("params=0.6", "weight", "cpu", (), (), "lagrangian", 0, False)
+    unit = Pipeline(PROPOSING).run(Unit(program, targets.get("cpu"), options))
+    candidates = [c for c in unit.candidates[0] if c.decomposition == "svd"]
+    block = lowered(unit.target, candidates[len(candidates) // 2])[1]
+    asked: list[tuple[int, ...]] = []
+
+    def slow(x: torch.Tensor, factors: Any, bias: Any) -> torch.Tensor:
+        asked.append(tuple(x.shape))
+        time.sleep(0.002)
+        return x
+
+    watch = program.stopwatch((site,))
+    assert watch.site(site, [block], [slow])[1] < 0.002
+    assert set(asked) == {(1, 256)}
+    asked.clear()
+    fast = watch.site(site, [block], [lambda x, factors, bias: x])[1]
+    assert fast < watch.site(site, [block], [None])[1]
 
 
 def test_what_cannot_be_timed_is_refused_before_the_work(tmp_path: Path) -> None:
@@ -271,7 +297,7 @@ class Rows(Fake):
         super().__init__(sites, gather=4.0)
         self.rows = 64 if batch is None else len(batch[0][0])
 
-    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
+    def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[object] = ()) -> list[float]:
         return [max(self.rows, 8) * seconds for seconds in super().site(site, blocks)]
 
     def model(self) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ...ir import Block, Site
 from ..clock import Run, copies_of, part_of_run, seconds_of, stand_ins, stored_numbers
-from ..program import Replacement
+from ..program import Kernel, Replacement
 from .captured import Bound, Values
 from .emit import Emitter
 from .match import Use
@@ -79,8 +79,8 @@ class Stopwatch:
         )
         return (site.kind, site.sizes, site.attributes, site.dtype, site.layout, shapes)
 
-    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
-        """Seconds that a site takes in a run, as it is and in place of it with each of the blocks."""
+    def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[Kernel | None] = ()) -> list[float]:
+        """Seconds that a site takes in a run, as it is and in place of it with each block, by stock operators."""
         met = self.met[site.order]
         contestants = [[_dense(one) for one in met], *([_replaced(one, block) for one in met] for block in blocks)]
         return seconds_of([[_in_turn(runs) for runs in zip(*own, strict=True)] for own in contestants])

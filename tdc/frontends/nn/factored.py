@@ -126,6 +126,11 @@ class Factored(nn.Module):
         if shared is not None:
             self.__dict__["_shared_runner"] = (shared, self._alike()[-1].output)
 
+    @property
+    def on_kernels(self) -> bool:
+        """Whether another way to run is asked first."""
+        return "_runner" in self.__dict__ or "_shared_runner" in self.__dict__
+
     def forward(self, input: Tensor) -> Tensor:
         return self._answer(input, self.block.ops, self._common(input, input, self.block.ops))
 

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from ...ir import Block, Site
 from ..clock import Run, copies_of, once, seconds_of, stand_ins, stored_numbers
+from ..program import Kernel
 from .factored import factored
 
 __all__ = ["Stopwatch"]
 
 _RUNS = 9
+_GAIN = 1.05
+"""A kernel is counted where it is faster than the stock operators by this factor."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,22 @@ class Stopwatch:
         shapes = tuple((tuple(x.shape), x.stride(), x.dtype) for x in self.layers[site.order][1])
         return (site.kind, site.sizes, site.attributes, site.dtype, site.layout, site.bias, shapes)
 
-    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
-        """Seconds that a site takes in a run, as it is and in place of it with each of the blocks."""
+    def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[Kernel | None] = ()) -> list[float]:
+        """Seconds that a site takes in a run, as it is and in place of it with each of the blocks, by stock operators
+        or by its kernel, where that is faster beyond doubt.
+        """
         module, activations = self.layers[site.order]
+        plain = all(x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() for x in activations)
+        usable = [kernel if plain else None for kernel in kernels or [None] * len(blocks)]
         copies = [_dense(module), *(_replaced(module, block) for block in blocks)]
-        runs = [[_run(layer, activations) for layer in layers] for layers in copies]
-        return seconds_of(runs)
+        places = [k for k, kernel in enumerate(usable) if kernel is not None]
+        copies += [_replaced(module, blocks[k], usable[k]) for k in places]
+        seconds = seconds_of([[_run(layer, activations) for layer in layers] for layers in copies])
+        found, faster = seconds[: 1 + len(blocks)], seconds[1 + len(blocks) :]
+        for k, own in zip(places, faster, strict=True):
+            if found[1 + k] > _GAIN * own:
+                found[1 + k] = own
+        return found
 
 
 def _run(layer: nn.Module, activations: Sequence[Tensor]) -> Run:
@@ -107,14 +120,16 @@ def _bare(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return made.eval()
 
 
-def _replaced(module: nn.Module, block: Block) -> list[nn.Module]:
+def _replaced(module: nn.Module, block: Block, kernel: Kernel | None = None) -> list[nn.Module]:
     like = module._parameters["weight"]
     assert like is not None
     bare = _bare(module, like, module._parameters.get("bias"))
     count = copies_of(stored_numbers(block) * like.element_size())
-    return [_with_block(bare, block, like, seed) for seed in range(count)]
+    return [_with_block(bare, block, like, seed, kernel) for seed in range(count)]
 
 
-def _with_block(bare: nn.Module, block: Block, like: Tensor, seed: int) -> nn.Module:
+def _with_block(bare: nn.Module, block: Block, like: Tensor, seed: int, kernel: Kernel | None) -> nn.Module:
     factors = stand_ins(block, like.dtype, like.device, seed)
-    return factored(bare, block, factors, "", bare._parameters.get("bias")).eval()
+    made = factored(bare, block, factors, "", bare._parameters.get("bias")).eval()
+    made.use(kernel)
+    return made

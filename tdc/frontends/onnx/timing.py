@@ -12,7 +12,7 @@ import torch
 
 from ...ir import Block, Site
 from ..clock import Run, copies_of, part_of_run, seconds_of, stand_ins, stored_numbers
-from ..program import Replacement
+from ..program import Kernel, Replacement
 from .emit import Emitter
 from .running import clone, moved
 from .runtime import Session
@@ -59,8 +59,8 @@ class Stopwatch:
         shapes = tuple((m.use.node.op_type, str(m.use.form), m.activation.shape, m.use.tail.norm is None) for m in met)
         return (site.kind, site.sizes, site.attributes, site.dtype, site.bias, shapes)
 
-    def site(self, site: Site, blocks: Sequence[Block]) -> list[float]:
-        """Seconds that a site takes in a run, as it is and in place of it with each of the blocks."""
+    def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[Kernel | None] = ()) -> list[float]:
+        """Seconds that a site takes in a run, as it is and in place of it with each block, by stock operators."""
         met = self.met[site.order]
         small = [alone(self.source, one) for one in met]
         contestants: list[list[Run]] = [[_empty()]]
