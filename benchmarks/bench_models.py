@@ -7,8 +7,7 @@ params=0.7, one token after another with a cache, eager, with TDC's kernels wher
 PP-OCR at macs=0.5 in onnxruntime. Dense and compressed in turn, 25 repeats, ratios of dense over compressed times by
 minimum and median. Statistics, sensitivities and accuracy on three disjoint parts of the data: those of
 bench_accuracy.py and bench_ocr.py, of SmolLM2 four windows for the statistics (decoding time does not depend on them).
-Rows go to results/models.csv, in place of those of the same model, budget and
-threads.
+Rows go to results/models.csv, in place of those of the same model, budget and threads.
 """
 
 from __future__ import annotations
