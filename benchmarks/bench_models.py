@@ -83,7 +83,7 @@ def minilm(budget: str = "latency=0.6") -> dict[str, object]:
 
 def smollm2(budget: str = "params=0.7") -> dict[str, object]:
     case = SmolLM2()
-    statistics = tdc.calibrate(case.model, case.calibration[:4], probe=case.probe, metric="input", exclude="lm_head")
+    statistics = tdc.calibrate(case.model, case.calibration[:4], probe=case.probe, metric="input")
     small = tdc.compress(case.model, case.calibration[0], budget=budget, statistics=statistics)
     told = accelerate(small, (1,))
     prompt = case.calibration[0]["input_ids"][:, :64]
