@@ -17,11 +17,12 @@ OLDEST = (8, 0)
 """Compute capability from which the kernels are used: bfloat16 and asynchronous copies."""
 DEPENDENT = (9, 0)
 """Compute capability from which a launch may begin while the one before it ends."""
-COUNTERS = 1 << 16
-"""Counters that are kept for each stream, and for all captured calls of a device together."""
+COUNTERS = 1 << 20
+"""Counters in one piece of memory: 4 MB."""
 
 _by_stream: dict[tuple[int, int], Tensor] = {}
-_captured: dict[int, tuple[Tensor, int]] = {}
+_captured: dict[int, tuple[list[Tensor], int]] = {}
+"""Of each device: the pieces for captured calls, which stay for good, and how many of the last one are used."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +78,28 @@ def counters(device: torch.device, number: int) -> Tensor:
     """``number`` int32 zeros that nothing else uses at the same time; who uses them leaves zeros behind.
 
     Calls on one stream follow each other and share theirs. A call that is captured into a CUDA graph has its own for
-    good: graphs run beside each other.
+    good, since graphs run beside each other: from a piece that an earlier call outside of a capture has left, or else
+    zeroed in the graph.
     """
     if device.type != "cuda" or number > COUNTERS:
-        return torch.zeros(number, dtype=torch.int32, device=device)
+        return _zeros(device, number)
     place = device.index if device.index is not None else torch.cuda.current_device()
+    pieces, used = _captured.get(place, ([], COUNTERS))
     if torch.cuda.is_current_stream_capturing():
-        pool, used = _captured.get(place, (None, 0))
-        if pool is None or used + number > COUNTERS:
-            return torch.zeros(number, dtype=torch.int32, device=device)
-        _captured[place] = (pool, used + number)
-        return pool[used : used + number]
-    if place not in _captured:
-        _captured[place] = (_zeros(device), 0)
+        if used + number > COUNTERS:
+            return _zeros(device, number)
+        _captured[place] = (pieces, used + number)
+        return pieces[-1][used : used + number]
     key = (place, torch.cuda.current_stream(device).cuda_stream)
+    fresh = key not in _by_stream or used > COUNTERS // 2
     if key not in _by_stream:
-        _by_stream[key] = _zeros(device)
+        _by_stream[key] = _zeros(device, COUNTERS)
+    if used > COUNTERS // 2:
+        _captured[place] = ([*pieces, _zeros(device, COUNTERS)], 0)
+    if fresh:
+        torch.cuda.synchronize(device)
     return _by_stream[key][:number]
 
 
-def _zeros(device: torch.device) -> Tensor:
-    made = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    torch.cuda.synchronize(device)
-    return made
+def _zeros(device: torch.device, number: int) -> Tensor:
+    return torch.zeros(number, dtype=torch.int32, device=device)

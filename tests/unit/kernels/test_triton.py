@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,6 +150,42 @@ def test_where_nothing_can_run_the_reason_is_given(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert device.available.__wrapped__() == Decline("compute capability 7.5, less than 8.0")
+
+
+def test_captured_calls_have_counters_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing, stream, gpu = [False], [1], torch.device("cuda", 0)
+    made: list[Tensor] = []
+
+    def zeros(place: torch.device, number: int) -> Tensor:
+        made.append(torch.zeros(number))
+        return made[-1]
+
+    monkeypatch.setattr(device, "_zeros", zeros)
+    monkeypatch.setattr(device, "COUNTERS", 8)
+    monkeypatch.setattr(device, "_captured", {})
+    monkeypatch.setattr(device, "_by_stream", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda place: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: SimpleNamespace(cuda_stream=stream[0]))
+
+    def places(number: int) -> set[int]:
+        return {entry.data_ptr() for entry in device.counters(gpu, number)}
+
+    assert places(3) < places(5)
+    stream[0] = 2
+    other = places(5)
+    capturing[0] = True
+    handed = [places(3), places(3), places(3)]
+    assert not other & set.union(*handed)
+    assert len(set.union(*handed)) == 9
+    assert made[-1].numel() == 3, "the piece had no more, this one is zeroed in the graph"
+    capturing[0] = False
+    assert places(5) == other
+    capturing[0] = True
+    again = places(7)
+    assert len(again) == 7
+    assert not again & set.union(other, *handed)
+    assert [t.numel() for t in made] == [8, 8, 8, 3, 8]
 
 
 def test_a_weight_is_settled_once_it_was_seen_as_it_is() -> None:
