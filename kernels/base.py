@@ -54,7 +54,7 @@ class Kernel:
     ``operator(x, *factors, bias)``; ``run`` is the same past torch's dispatch, for plain tensors that nothing watches;
     ``reference`` the same on stock operators. ``limits`` says in words what it takes. ``available`` declines where it
     cannot run on this machine, ``takes`` sizes and windows that it cannot. Kernels for convolutions, blocks of another
-    ``kind``, take the windows of each behind the bias.
+    ``kind``, take the windows of each behind the bias. ``device`` and ``dtypes``: torch's names of what it runs on.
     """
 
     name: str
@@ -67,6 +67,8 @@ class Kernel:
     available: Callable[[], Decline | None]
     kind: OpKind = OpKind.LINEAR
     takes: Callable[[dict[str, int], Windows], Decline | None] = lambda sizes, windows: None
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ("float32",)
 
     def match(self, block: Block) -> Match | Decline:
         """Whether the block is this line, whatever its values, factors and axes are called."""

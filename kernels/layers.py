@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdc.ir import Block, Decline, Remark
 
 from .base import Match
-from .measure import GAIN, timed
+from .measure import GAIN, memory_format, timed
 from .registry import match
 
 __all__ = ["Accelerated", "Runs", "accelerate", "measured"]
@@ -55,36 +55,54 @@ class Accelerated:
     """Runs a block by its kernel where that was measured to be faster, gives None elsewhere.
 
     ``rows``: ranges of the number of rows, ``shapes`` of what a convolution is given, ``threads``: of torch, for which
-    it was. Elsewhere: where gradients are
-    needed, while a compiler traces, under autocast, for another dtype or device than float32 on the processor.
+    it was. Elsewhere: where gradients are needed, while a compiler traces, under autocast, for another dtype or device.
     """
 
     match: Match
     rows: tuple[range, ...]
     threads: int
     shapes: frozenset[tuple[int, ...]] = frozenset()
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor, factors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor | None:
-        if torch.compiler.is_compiling() or _watched() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or _watched() or torch.is_autocast_enabled(self.device):
             return None
         operands = (x, *factors.values()) if bias is None else (x, *factors.values(), bias)
-        if not _suits(operands) or x.is_neg() or (torch.is_grad_enabled() and any(t.requires_grad for t in operands)):
+        if not _suits(operands, self.device, self.dtype) or x.is_neg():
             return None
-        if torch.get_num_threads() != self.threads or not self._measured(x):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+            return None
+        if self.device == "cpu" and torch.get_num_threads() != self.threads:
+            return None
+        if not self._measured(x):
             return None
         result: Tensor = self.match.run(x, factors, bias)
         return result
 
     def _measured(self, x: Tensor) -> bool:
         if self.shapes:
-            return tuple(x.shape) in self.shapes and x.is_contiguous()
+            return tuple(x.shape) in self.shapes and x.is_contiguous(memory_format=memory_format(self.device))
         rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
         return any(rows in span for span in self.rows)
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """One choice for calls, another one while a CUDA graph is captured: there a call costs no time of the processor."""
+
+    called: Accelerated | None
+    captured: Accelerated | None
+
+    def __call__(self, x: Tensor, factors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor | None:
+        chosen = self.captured if torch.cuda.is_current_stream_capturing() else self.called
+        return None if chosen is None else chosen(x, factors, bias)
+
+
 def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16), example: Any = None) -> tuple[Remark, ...]:
     """Let the factored layers of ``model`` run on kernels, each for the inputs for which its kernel is measured to be
-    faster here and now, with torch's present number of threads; all else runs as before.
+    faster here and now, with torch's present number of threads; all else runs as before. On a GPU calls from Python and
+    those that are captured into a CUDA graph are measured by themselves.
 
     ``example``: an input of the model, a tuple of its arguments or a dict of them by name. The model runs on it once,
     in evaluation, and each layer is measured at exactly the shapes that it is given. Without it linear layers are
@@ -144,34 +162,51 @@ def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[tuple[Shap
 
 def _chosen(
     layer: Runs, block: Block, steps: list[int], seen: Shapes | None, known: dict[Any, float]
-) -> tuple[Accelerated | None, str]:
+) -> tuple[Runner | None, str]:
     """The kernel for a block of the layer where it gains, and what is to be said."""
-    found, factors = match(block), layer.factors
+    factors = layer.factors
+    some = next((factor for factor in factors.values() if factor.is_floating_point()), torch.empty(0))
+    found = match(block, some.device.type)
     bias = layer.bias if block.output == layer.own.output else None
     if isinstance(found, Decline):
         return None, found.reason
-    name = found.kernel.name
-    if not _suits(factors[factor] for factor in found.factors):
+    name, fits = found.kernel.name, str(some.dtype).removeprefix("torch.") in found.kernel.dtypes
+    if not fits or not _suits((factors[factor] for factor in found.factors), some.device.type, some.dtype):
         return None, f"{name}: {found.kernel.limits}"
     if block.kind.is_conv and seen is None:
         return None, f"{name}: measured at the shapes of an example input, and there is none"
-    exact = block.kind.is_conv or seen is not None
     shapes = seen if block.kind.is_conv else _flat(found, steps if seen is None else [_rows(s) for s in seen])
-    gains = {}
-    for shape in shapes or ():
-        key = (name, found.sizes, found.windows, bias is None, shape)
-        if key not in known:
-            known[key] = measured(found, factors, bias, shape)
-        gains[shape] = known[key]
-    text = ", ".join(f"{gain:.2f} times as fast {_at(shape)}" for shape, gain in gains.items())
+    ways = [measured] if found.kernel.device == "cpu" else [measured, measured_captured]
+    chosen, texts = [], []
+    for way in ways:
+        gains = {}
+        for shape in shapes or ():
+            key = (name, found.sizes, found.windows, bias is None, shape, some.device, some.dtype, way)
+            if key not in known:
+                known[key] = way(found, factors, bias, shape)
+            gains[shape] = known[key]
+        chosen.append(_where(found, gains, None if seen is not None else steps, some))
+        texts.append(", ".join(f"{gain:.2f} times as fast {_at(shape)}" for shape, gain in gains.items()))
+    text = "; in a CUDA graph ".join(texts) if any(texts) else "nothing measured"
+    if not any(chosen):
+        return None, f"{name}: not used, {text}"
+    return chosen[0] if len(chosen) == 1 else OnDevice(*chosen), f"{name}: {text}"
+
+
+def _where(
+    found: Match, gains: Mapping[tuple[int, ...], float], steps: list[int] | None, some: Tensor
+) -> Accelerated | None:
+    """The kernel for those of the inputs for which it gains: with ``steps`` of rows for those between them too."""
     fast = [shape for shape, gain in gains.items() if gain > GAIN]
     if not fast:
-        return None, f"{name}: not used, {text or 'nothing measured'}"
-    if block.kind.is_conv:
-        return Accelerated(found, (), torch.get_num_threads(), frozenset(fast)), f"{name}: {text}"
-    starts = [shape[0] if exact else before + 1 for shape, before in zip(gains, [0, *steps], strict=False)]
-    spans = [range(start, shape[0] + 1) for start, shape in zip(starts, gains, strict=True) if shape in fast]
-    return Accelerated(found, tuple(spans), torch.get_num_threads()), f"{name}: {text}"
+        return None
+    threads, place = torch.get_num_threads(), (some.device.type, some.dtype)
+    if found.kernel.kind.is_conv:
+        return Accelerated(found, (), threads, frozenset(fast), *place)
+    befores = [0, *steps] if steps is not None else [shape[0] - 1 for shape in gains]
+    pairs = zip(gains, befores, strict=False)
+    spans = [range(before + 1, shape[0] + 1) for shape, before in pairs if shape in fast]
+    return Accelerated(found, tuple(spans), threads, frozenset(), *place)
 
 
 def _flat(found: Match, rows: Iterable[int]) -> Shapes:
@@ -191,10 +226,15 @@ def measured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, s
     return timed(found, factors, bias, shape).gain
 
 
-def _suits(operands: Iterable[Tensor]) -> bool:
-    """Whether all are plain tensors on the processor, float32 or int32."""
+def measured_captured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int]) -> float:
+    """The same in a CUDA graph."""
+    return timed(found, factors, bias, shape, captured=True).gain
+
+
+def _suits(operands: Iterable[Tensor], device: str, dtype: torch.dtype) -> bool:
+    """Whether all are plain tensors there, of that type or int32."""
     for t in operands:
-        if type(t) not in (Tensor, nn.Parameter) or not t.is_cpu or t.dtype not in (torch.float32, torch.int32):
+        if type(t) not in (Tensor, nn.Parameter) or t.device.type != device or t.dtype not in (dtype, torch.int32):
             return False
     return True
 

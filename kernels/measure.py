@@ -15,7 +15,7 @@ from tdc.ir import Block, Decline
 from .base import Match
 from .registry import match
 
-__all__ = ["GAIN", "Choice", "Timed", "choose", "timed"]
+__all__ = ["GAIN", "Choice", "Timed", "choose", "memory_format", "timed"]
 
 GAIN = 1.05
 """A kernel is taken where it is faster than the stock operators by this factor, in least and in median time."""
@@ -38,12 +38,24 @@ class Timed:
         return min(min(self.stock) / min(self.kernel), middle(self.stock) / middle(self.kernel))
 
 
-def timed(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int]) -> Timed:
-    """Times the kernel and the stock operators on an input of that shape.
+def memory_format(device: str) -> torch.memory_format:
+    """That of the images that kernels for convolutions take there."""
+    return torch.contiguous_format if device == "cpu" else torch.channels_last
+
+
+def timed(
+    found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int], captured: bool = False
+) -> Timed:
+    """Times the kernel and the stock operators on an input of that shape; on a GPU as called from Python, or
+    ``captured`` into a CUDA graph.
 
     Both run in turn on copies of the factors, so that the weights are read from memory, as in a model that is larger
     than the cache.
     """
+    if found.kernel.device == "cuda":
+        from .triton import timing
+
+        return Timed(*timing.timed(found, factors, bias, shape, memory_format("cuda"), captured))
     own = {name: factors[name].detach() for name in found.factors}
     size = sum(factor.numel() * factor.element_size() for factor in own.values())
     copies = [{name: factor.clone() for name, factor in own.items()} for _ in range(COLD // max(size, 4096) + 2)]

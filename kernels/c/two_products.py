@@ -26,7 +26,17 @@ from tdc.ir import Decline
 from ..base import Kernel, Line
 from .build import load
 
-__all__ = ["KERNELS", "available", "library", "operator", "reference", "run", "versions"]
+__all__ = [
+    "KERNELS",
+    "available",
+    "checked_outputs",
+    "kernels_by",
+    "library",
+    "operator",
+    "reference",
+    "run",
+    "versions",
+]
 
 SOURCE = Path(__file__).with_name("kernels.c")
 VERSIONS = ("portable", "AVX2", "AVX-512")
@@ -87,7 +97,7 @@ def run(
 ) -> Tensor:
     """The C code. ``version``: the place in :func:`versions` of the one to run (default: the widest)."""
     code, widest = _code()
-    outputs = _outputs(x, first, second, bias, order, place, stacked)
+    outputs = checked_outputs(x, first, second, bias, order, place, stacked)
     given = [t if t is None else t.contiguous() for t in (x, first, second, bias, order, place)]
     if x.dtype is not torch.float32 or not all(t is None or t.is_cpu for t in given):
         raise ValueError(f"tdc::{_NAME}: the C code takes float32 on the processor")
@@ -145,6 +155,7 @@ def _register() -> torch.library.Library:
     made = torch.library.Library("tdc", "FRAGMENT")
     made.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
     made.impl(_NAME, _on_processor, "CPU")
+    made.impl(_NAME, _on_gpu, "CUDA")
     made.impl(_NAME, reference, "CompositeExplicitAutograd")
     name = f"tdc::{_NAME}"
     torch.library.register_fake(name, _fake, lib=made)
@@ -159,11 +170,20 @@ def _on_processor(x: Tensor, *operands: Any) -> Tensor:
     return reference(x, *operands)
 
 
+def _on_gpu(x: Tensor, *operands: Any) -> Tensor:
+    from ..triton import device
+    from ..triton import two_products as gpu
+
+    if x.dtype in gpu.DTYPES and device.available() is None:
+        return gpu.run(x, *operands)
+    return reference(x, *operands)
+
+
 def _fake(x: Tensor, *operands: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _outputs(x, *operands)))
+    return x.new_empty((*x.shape[:-1], checked_outputs(x, *operands)))
 
 
-def _outputs(
+def checked_outputs(
     x: Tensor,
     first: Tensor,
     second: Tensor,
@@ -236,22 +256,8 @@ def _mapped(info: Any, places: tuple[int | None, ...], *operands: Any) -> tuple[
     return torch.stack([entry(k) for k in range(info.batch_size)]), 0
 
 
-def _kernel(name: str, lines: str, factors: str, call: Any) -> Kernel:
-    """``call(f, x, *factors, bias)`` calls ``f`` with the operator's arguments."""
-    return Kernel(
-        name,
-        tuple(Line.parse(line) for line in lines.strip().splitlines()),
-        tuple(factors.split()),
-        "float32, on the processor",
-        lambda x, *operands: call(operator(), x, *operands),
-        lambda x, *operands: call(run, x, *operands),
-        lambda x, *operands: call(reference, x, *operands),
-        available,
-    )
-
-
-KERNELS = (
-    _kernel(
+FORMS: tuple[tuple[str, str, str, Any], ...] = (
+    (
         "two products",
         """
         t0 = matmul(x, first)  # b i, r i -> b r
@@ -260,7 +266,7 @@ KERNELS = (
         "first second",
         lambda f, x, first, second, bias: f(x, first, second, bias),
     ),
-    _kernel(
+    (
         "two products behind a gather",
         """
         t0 = take(x, order[0:r])
@@ -272,7 +278,7 @@ KERNELS = (
         "order first second",
         lambda f, x, order, first, second, bias: f(x, first, second, bias, order),
     ),
-    _kernel(
+    (
         "two products, stacked",
         """
         t0 = matmul(x, first)  # b i, r i -> b r
@@ -282,7 +288,7 @@ KERNELS = (
         "first second",
         lambda f, x, first, second, bias: f(x, first, second, bias, None, None, True),
     ),
-    _kernel(
+    (
         "two products, stacked, before a gather",
         """
         t0 = matmul(x, first)  # b i, r i -> b r
@@ -294,3 +300,29 @@ KERNELS = (
         lambda f, x, first, second, place, bias: f(x, first, second, bias, None, place, True),
     ),
 )
+"""Name, lines, factors, and how ``f`` with the operator's arguments is called with x, the factors and the bias."""
+
+
+def kernels_by(runner: Any, limits: str, missing: Any, name: str = "{}", **where: Any) -> tuple[Kernel, ...]:
+    """The kernels of all forms, run by ``runner``, a function of the operator's arguments."""
+
+    def bound(function: Any, call: Any) -> Any:
+        return lambda x, *operands: call(function, x, *operands)
+
+    return tuple(
+        Kernel(
+            name.format(form),
+            tuple(Line.parse(line) for line in lines.strip().splitlines()),
+            tuple(factors.split()),
+            limits,
+            lambda x, *operands, call=call: call(operator(), x, *operands),
+            bound(runner, call),
+            bound(reference, call),
+            missing,
+            **where,
+        )
+        for form, lines, factors, call in FORMS
+    )
+
+
+KERNELS = kernels_by(run, "float32, on the processor", available)

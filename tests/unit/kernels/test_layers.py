@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -271,3 +272,35 @@ def test_the_measurement_gives_a_ratio_and_leaves_the_model_alone(small: nn.Modu
     assert 0 < gain < 1000
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(before, small.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_on_a_gpu_calls_and_captured_ones_are_chosen_by_themselves(
+    small: nn.Module, gains: dict[int, float], calls: list[int], monkeypatch: pytest.MonkeyPatch, capturing: bool
+) -> None:
+    """With kernels that only claim to run on a GPU."""
+    plain = layers.match
+    monkeypatch.setattr(layers, "measured_captured", lambda match, factors, bias, shape: 4.0 - gains[shape[0]])
+
+    def claimed(block: Block, device: str) -> kernels.Match:
+        found = plain(block, device)
+        assert isinstance(found, kernels.Match)
+        return dataclasses.replace(found, kernel=dataclasses.replace(found.kernel, device="cuda"))
+
+    monkeypatch.setattr(layers, "match", claimed)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    remarks = kernels.accelerate(small, rows=(1, 4, 8))
+    assert "3.00 times as fast at 8 rows; in a CUDA graph 2.00 times as fast at 1 rows, 3.00" in str(remarks[0])
+    used = {}
+    with torch.no_grad():
+        for rows in (1, 4, 8):
+            calls.clear()
+            small(torch.randn(rows, 24))
+            used[rows] = bool(calls)
+    assert used == {1: True, 4: capturing, 8: not capturing}
+    gains.update({1: 1.0, 8: 1.0})
+    kernels.accelerate(small, rows=(1, 8))
+    calls.clear()
+    with torch.no_grad():
+        small(X[:1])
+    assert bool(calls) == capturing

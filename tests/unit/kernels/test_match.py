@@ -64,7 +64,8 @@ def test_a_kernel_computes_what_its_block_states() -> None:
             for call in (found, found.run, found.reference):
                 torch.testing.assert_close(call(x.float(), real), right.float(), rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(call(x.float(), real, bias), (right + bias).float(), rtol=1e-4, atol=1e-4)
-    assert matched == {k.name for k in kernels.kernels() if not k.kind.is_conv} - {"one product"}
+    here = {k.name for k in kernels.kernels() if k.device == "cpu" and not k.kind.is_conv}
+    assert matched == here - {"one product"}
 
 
 @pytest.mark.usefixtures("compiled")
@@ -116,6 +117,34 @@ def test_where_the_code_cannot_run_the_reason_is_given(monkeypatch: pytest.Monke
     missing = tuple(replace(kernel, available=lambda: Decline("no C compiler")) for kernel in kernels.kernels())
     monkeypatch.setattr("tdc.kernels.registry.kernels", lambda: missing)
     assert kernels.match(PLAIN) == Decline("no C compiler")
+
+
+def test_every_kernel_of_the_processor_has_one_for_the_same_equation_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear = [kernel for kernel in kernels.kernels() if not kernel.kind.is_conv]
+    of = {device: [kernel for kernel in linear if kernel.device == device] for device in ("cpu", "cuda")}
+    assert [k.lines for k in of["cpu"]] == [k.lines for k in of["cuda"]]
+    everywhere = tuple(replace(kernel, available=lambda: None) for kernel in kernels.kernels())
+    monkeypatch.setattr("tdc.kernels.registry.kernels", lambda: everywhere)
+    for _, block in blocks().values():
+        found = [kernels.match(block, device) for device in ("cpu", "cuda")]
+        if isinstance(found[0], Match):
+            assert isinstance(found[1], Match)
+            assert found[0].factors == found[1].factors
+            assert found[1].kernel.device == "cuda"
+        else:
+            assert not found[1]
+
+
+def test_without_a_device_the_reason_is_given() -> None:
+    found = kernels.match(PLAIN, "cuda")
+    if torch.cuda.is_available():
+        assert isinstance(found, Match)
+    else:
+        assert isinstance(found, Decline)
+        assert found.reason in ("triton is not installed", "no CUDA device")
+    assert kernels.match(PLAIN, "meta") == Decline("no kernel for meta")
 
 
 def test_lines_that_cannot_be_read_are_refused() -> None:
