@@ -104,10 +104,10 @@ def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16), example: Any 
     faster here and now, with torch's present number of threads; all else runs as before. On a GPU calls from Python and
     those that are captured into a CUDA graph are measured by themselves.
 
-    ``example``: an input of the model, a tuple of its arguments or a dict of them by name. The model runs on it once,
-    in evaluation, and each layer is measured at exactly the shapes that it is given. Without it linear layers are
-    measured at ``rows``, each of which stands for the numbers of rows between the one before and itself, and
-    convolutions stay.
+    ``example``: an input of the model, a tuple of its arguments or a dict of them by name, or a list of such. The model
+    runs on each once, in evaluation, and each layer is measured at exactly the shapes that it is given. Without it
+    linear layers are measured at ``rows``, each of which stands for the numbers of rows between the one before and
+    itself, and convolutions stay.
 
     Layers of one shape are measured once. Returns a remark for each layer: what was measured, or why it stays. Results
     are within rounding of the stock operators'; since the choice is measured, two runs can differ by that. The model is
@@ -148,10 +148,11 @@ def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[tuple[Shap
         for layer, (own, shared) in zip(layers, found, strict=True):
             layer.use(noted(own), noted(shared) if layer.shared is not None else None)
         with torch.no_grad():
-            if isinstance(example, Mapping):
-                model(**example)
-            else:
-                model(*example) if isinstance(example, tuple) else model(example)
+            for one in example if isinstance(example, list) else [example]:
+                if isinstance(one, Mapping):
+                    model(**one)
+                else:
+                    model(*one) if isinstance(one, tuple) else model(one)
     finally:
         for layer in layers:
             layer.use(None)

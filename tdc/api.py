@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -259,16 +259,16 @@ def _finished(unit: Unit, model: nn.Module, before: Cost, example: Any, heal: bo
         healed(small, model, unit.anchors, how, progress=unit.options.progress)
     if is_timed(unit.options) and small is not model:
         call = as_call(model, example)
-        noted(small, STAGE, _on_kernels(small, unit.workload[0][0] if unit.workload else call))
+        noted(small, STAGE, _on_kernels(small, [batch for batch, _ in unit.workload] or [call]))
         noted(small, TimeLayouts.name, told_times(unit, lambda batch: times(model, small, batch or call)))
     note_in_config(small, small.__dict__[RECORD])
     return small
 
 
-def _on_kernels(small: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+def _on_kernels(small: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> str:
     """Let the layers run on kernels where these are faster; what came of it."""
-    args, kwargs = call
-    layers = accelerate(small, example=None if args and kwargs else args or kwargs)
+    examples = [args or kwargs for args, kwargs in calls if not (args and kwargs)]
+    layers = accelerate(small, example=examples or None)
     used = sum(layer.on_kernels for layer in small.modules() if isinstance(layer, Factored))
     return f"{used} of {len(layers)} replaced layers run on kernels, which are not saved with the model"
 

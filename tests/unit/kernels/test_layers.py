@@ -244,6 +244,14 @@ def test_an_example_measures_linear_layers_at_its_rows(
             assert bool(calls) == used
 
 
+def test_several_examples_are_measured_each_at_its_rows(
+    small: nn.Module, gains: dict[int, float], calls: list[int]
+) -> None:
+    remarks = kernels.accelerate(small, example=[(torch.randn(2, 4, 24),), (torch.randn(1, 24),)])
+    for rows in (1, 8):
+        assert all(f"times as fast at {rows} rows" in remark.reason for remark in remarks)
+
+
 def test_a_slower_kernel_is_not_used(small: nn.Module, gains: dict[int, float], calls: list[int]) -> None:
     gains[8] = 1.04
     remarks = kernels.accelerate(small, rows=(8,))
