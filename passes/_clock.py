@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tdc.ir import Candidate, Layout
@@ -25,9 +25,14 @@ def _clock(machine: Machine, table: Table | None) -> Clock:
     return Clock(machine, table)
 
 
-def call_for(candidate: Candidate) -> Call:
-    """One use of the site, with as many rows as its dense cost was counted for."""
-    return call_of(candidate.site, rows_of(candidate.site, candidate.dense_cost))
+def call_for(candidate: Candidate, *, told: bool = True) -> Call:
+    """One use of the site, with as many rows as its dense cost was counted for.
+
+    What is decided must be the same in all doors, and not all of them know the lengths of a site: then, not ``told``,
+    all positions are taken for those of one example.
+    """
+    site = candidate.site if told else replace(candidate.site, lengths=())
+    return call_of(site, rows_of(site, candidate.dense_cost))
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def order_cost(target: Target, candidate: Candidate, layout: Layout) -> StepCost
     if not target.orders_by_time or candidate.joint is not None or len(layout.rebuild.factors) < 3:
         return multiply_adds
     clock = clock_of(target)
-    return multiply_adds if clock is None else _step_seconds(clock, call_for(candidate))
+    return multiply_adds if clock is None else _step_seconds(clock, call_for(candidate, told=False))
 
 
 @lru_cache(maxsize=1024)

@@ -262,6 +262,8 @@ def _tiers() -> Iterator[list[Work]]:
         for window in windows
         for w in _grid(f"conv {window}", (1, 16), (16, 256, 3136), (16, 64, 256, 512), (16, 64, 256, 512))
     ]
+    large = [f"conv {a}" for n in (5, 7) for a in (f"{n}x{n}", f"{n}x1", f"1x{n}")]
+    yield [w for kind in large for w in _grid(kind, (1, 16), (16, 256, 1024), (16, 64, 256), (16, 64, 256))]
     yield [
         *_grid("bmm", (4, 16, 64), (16, 256, 4096), (4, 16, 64), (4, 16, 64)),
         *(w for t in windows[1:] for w in _grid(f"depthwise {t}", (1, 16), (16, 256, 3136), (16, 64, 256))),
