@@ -1,8 +1,8 @@
 """Measuring a machine: times of products, convolutions, gathers and copies, of TDC's kernels and of an empty call.
 
-Operations of one kind and many sizes are called in turn, so that other work on the machine meets all of them, and twice
-with minutes between; each reads another copy of its weights from call to call, from a pool larger than the caches. The
-points of a coarse grid come first, those between them while there is time.
+Operations of one kind and many sizes are called in turn, so that other work on the machine meets all of them, and again
+later; each reads another copy of its weights from call to call, from a pool larger than the caches. A coarse grid comes
+first, twice, then the points between its own while there is time, and then all of them again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,8 +34,6 @@ _POOL = 24 << 20
 """Numbers of weights: 96 MiB, more than most caches hold."""
 _COPIES = 12
 _GROUP = 12
-_ROUNDS = 2
-"""How often each point is measured, minutes apart, if there is time."""
 _LAPS = (5, 25)
 _GROUP_SECONDS = 0.2
 _MOST_MACS = {"gemm": 4.4e9, "conv": 0.7e9}
@@ -81,10 +80,12 @@ def _measured(deadline: float, progress: bool) -> Table:
     for work in _first():
         _time([work], pool, taken)
     before = min(_time([_SENTINEL], pool, taken))
-    groups = [group for tier in _tiers() for group in _groups(tier)]
+    first, *others = [_groups(tier) for tier in _tiers()]
+    groups = [*first, *(group for tier in others for group in tier)]
+    order = [*first, *first, *groups[len(first) :], *groups]
     slowest = 0.0
-    with counted("measuring this machine", _ROUNDS * len(groups), show=progress) as advance:
-        for group in groups * _ROUNDS:
+    with counted("measuring this machine", len(order), show=progress) as advance:
+        for group in order:
             start = time.monotonic()
             if start + slowest < deadline:
                 _time(group, pool, taken)
@@ -124,9 +125,19 @@ def _time(works: Sequence[Work], pool: _Pool, taken: dict[Work, list[float]]) ->
 
 
 def _once(run: Run) -> float:
-    start = time.perf_counter()
+    """Seconds of a call: of the processor's work in this thread where there is no other, so that other processes, which
+    take the processor away for a while, hardly count.
+    """
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = now()
     run()
-    return max(time.perf_counter() - start, 1e-9)
+    return max(now() - start - _own_cost(now), 1e-9)
+
+
+@cache
+def _own_cost(now: Callable[[], float]) -> float:
+    """What asking for the time takes."""
+    return min(-now() + now() for _ in range(200))
 
 
 def _runs(work: Work, pool: _Pool) -> list[Run]:
