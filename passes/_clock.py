@@ -28,10 +28,10 @@ def _clock(machine: Machine, table: Table | None) -> Clock:
 def call_for(candidate: Candidate, *, told: bool = True) -> Call:
     """One use of the site, with as many rows as its dense cost was counted for.
 
-    What is decided must be the same in all doors, and not all of them know the lengths of a site: then, not ``told``,
-    all positions are taken for those of one example.
+    What is decided must be the same in all doors, and not all of them know lengths and memory format of a site: then,
+    not ``told``, all positions are taken for those of one example in the usual format.
     """
-    site = candidate.site if told else replace(candidate.site, lengths=())
+    site = candidate.site if told else replace(candidate.site, lengths=(), layout="")
     return call_of(site, rows_of(site, candidate.dense_cost))
 
 
@@ -49,7 +49,9 @@ class StepSeconds:
         call = self.call
         if step.conv:
             size = (call.examples, call.plane * step.positions, float(step.positions))
-            own = conv_work(step.taps, step.strided, size, step.batch, step.inputs, step.outputs, call.dtype)
+            own = conv_work(
+                step.taps, "/2" if step.strided else "", size, step.batch, step.inputs, step.outputs, call.dtype
+            )
             return (own,)
         moved = step.batch > 1 or step.others > 1
         return products(call.examples, step.batch, step.others, step.inputs, step.outputs, call.dtype, moved)
