@@ -149,6 +149,7 @@ def judged(trial: Trial, clocks: dict[str, Clock]) -> list[dict[str, object]]:
         regrets = [regret([key(dense), *map(key, own)], guess, times) for own in sizes if own]
         errors = [abs(guess[k] / times[k] - 1) for k in times]
         labels = [e.label for e in told]
+        assert "measured" not in labels, f"{case.name} has a layer that is in the table"
         row = {
             "clock": name,
             "layer": case.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tdc.ir import Candidate, Layout
@@ -25,9 +25,14 @@ def _clock(machine: Machine, table: Table | None) -> Clock:
     return Clock(machine, table)
 
 
-def call_for(candidate: Candidate) -> Call:
-    """One use of the site, with as many rows as its dense cost was counted for."""
-    return call_of(candidate.site, rows_of(candidate.site, candidate.dense_cost))
+def call_for(candidate: Candidate, *, told: bool = True) -> Call:
+    """One use of the site, with as many rows as its dense cost was counted for.
+
+    What is decided must be the same in all doors, and not all of them know lengths and memory format of a site: then,
+    not ``told``, all positions are taken for those of one example in the usual format.
+    """
+    site = candidate.site if told else replace(candidate.site, lengths=(), layout="")
+    return call_of(site, rows_of(site, candidate.dense_cost))
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class StepSeconds:
         call = self.call
         if step.conv:
             size = (call.examples, call.plane * step.positions, float(step.positions))
-            own = conv_work(step.taps, step.strided, size, step.batch, step.inputs, step.outputs, call.dtype)
+            own = conv_work(
+                step.taps, "/2" if step.strided else "", size, step.batch, step.inputs, step.outputs, call.dtype
+            )
             return (own,)
         moved = step.batch > 1 or step.others > 1
         return products(call.examples, step.batch, step.others, step.inputs, step.outputs, call.dtype, moved)
@@ -57,7 +64,7 @@ def order_cost(target: Target, candidate: Candidate, layout: Layout) -> StepCost
     if not target.orders_by_time or candidate.joint is not None or len(layout.rebuild.factors) < 3:
         return multiply_adds
     clock = clock_of(target)
-    return multiply_adds if clock is None else _step_seconds(clock, call_for(candidate))
+    return multiply_adds if clock is None else _step_seconds(clock, call_for(candidate, told=False))
 
 
 @lru_cache(maxsize=1024)

@@ -17,20 +17,22 @@ from .propose_layouts import lowered
 __all__ = ["dense_seconds", "kernel_seconds", "members_seconds", "site_seconds"]
 
 
-def dense_seconds(clock: Clock, candidate: Candidate) -> Estimate:
-    """Seconds of the dense operator in all uses."""
+def dense_seconds(clock: Clock, candidate: Candidate, *, told: bool = True) -> Estimate:
+    """Seconds of the dense operator in all uses; ``told``: see :func:`call_for`."""
     site = candidate.site
-    return clock.block(dense_block(site), call_for(candidate)).times(site.uses)
+    return clock.block(dense_block(site), call_for(candidate, told=told)).times(site.uses)
 
 
-def site_seconds(clock: Clock, target: Target, candidate: Candidate, *, shares: bool = False) -> Estimate:
+def site_seconds(
+    clock: Clock, target: Target, candidate: Candidate, *, shares: bool = False, told: bool = True
+) -> Estimate:
     """Seconds of a candidate in all uses; ``shares``: another site of its group computes what they have in common."""
     if candidate.is_dense:
-        return dense_seconds(clock, candidate)
+        return dense_seconds(clock, candidate, told=told)
     layout, block = lowered(target, candidate)
     assert isinstance(block, Block)
     common = block.values_of(decompositions.shared(layout)) if shares else ()
-    return clock.block(block, call_for(candidate), common).times(candidate.site.uses)
+    return clock.block(block, call_for(candidate, told=told), common).times(candidate.site.uses)
 
 
 def kernel_seconds(clock: Clock, target: Target, candidate: Candidate) -> Estimate | None:
@@ -46,7 +48,7 @@ def kernel_seconds(clock: Clock, target: Target, candidate: Candidate) -> Estima
 
 
 def members_seconds(target: Target, members: Sequence[Candidate]) -> float:
-    """Seconds of the sites of a group, or of one site alone: the first one computes what they share."""
+    """Seconds of the sites of a group, or of one site alone, for decisions: the first one computes what they share."""
     clock = clock_of(target)
     assert clock is not None
-    return sum(site_seconds(clock, target, c, shares=k > 0).seconds for k, c in enumerate(members))
+    return sum(site_seconds(clock, target, c, shares=k > 0, told=False).seconds for k, c in enumerate(members))

@@ -65,7 +65,8 @@ def _text(target: Target, choices: list[Candidate]) -> str:
     if not isinstance(block, Block):
         return "\n".join([*lines, f"  {target.name} cannot run it: {block.reason}"])
     clock, call = clock_of(target), call_for(choice)
-    where = f"{call.rows:.6g} {'positions' if choice.site.kind.is_conv else 'rows'}"
+    unit = "position" if choice.site.kind.is_conv else "row"
+    where = f"{call.rows:.6g} {unit}{'s' * (call.rows != 1)}"
     rows = [_row(block, op, works, clock, call) for op, works in works_of(block, call)]
     header = ("step", "sizes", "multiply-adds", "bytes", "seconds")
     lines += [f"  a call of {where}:", *("  " + line for line in format_table(header, rows, left=2).splitlines())]

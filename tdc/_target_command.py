@@ -85,5 +85,6 @@ def _kernels(grids: Mapping[tuple[str, str], Mapping[tuple[float, ...], float]])
         gains = [stock[sizes] / own[sizes] for sizes in own if sizes[0] == rows and sizes in stock]
         if gains:
             middle = statistics.median(gains)
-            lines.append(f"TDC's kernel at {rows:g} rows: {middle:.2f} times as fast ({len(gains)} shapes, median)")
+            where = "1 row" if rows == 1 else f"{rows:g} rows"
+            lines.append(f"TDC's kernel at {where}: {middle:.2f} times as fast as stock ({len(gains)} shapes, median)")
     return lines

@@ -222,7 +222,7 @@ def compress(
         calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
         metric: norm of the error: ``weight`` (Frobenius, no data), ``input`` (mean squared error of the layer's output
             on the data), ``fisher`` (weighted by the gradients of the model's loss in it), ``auto``: the best possible.
-        target, plan: the machine, see ``tdc list targets``; a Plan, or the path of one, to apply instead of a budget.
+        target, plan: the machine, see ``tdc target list``; a Plan, or the path of one, to apply instead of a budget.
         allow: names of the decompositions to choose from, or ``all``; see ``tdc list decompositions``.
         exclude, probe: sites or modules (names, shell patterns) that stay dense; batches, see :func:`calibrate`.
         allocation: ``lagrangian`` (one budget over all) or ``uniform`` (each site keeps the same fraction); or, without

@@ -94,7 +94,7 @@ class Work:
     =====================  ===========================================================================================
     ``gemm``               rows, inputs, outputs; the weight is not in the caches
     ``bmm``                batch, rows, inputs, outputs
-    ``conv 3x3``           examples, positions of an example, inputs, outputs; ``conv 3x3/2``: with a stride
+    ``conv 3x3``           examples, positions of an example, inputs, outputs; ``conv 3x3/2``: with a stride, or notes
     ``depthwise 3x3``      examples, positions, channels
     ``grouped 3x3``        examples, positions, inputs and outputs of a group, groups
     ``take``               rows, entries: a gather of the last axis

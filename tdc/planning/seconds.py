@@ -8,7 +8,7 @@ The model (Williams, Waterman, Patterson 2009; the overlap as in XLA's gpu_perfo
 
 With a table, peak, bandwidths and launch are those that it has, and t is multiplied by what the measured times are of
 the modelled ones: between the points of a grid by linear interpolation of the logarithm over the logarithms of the
-sizes (``interpolated``), outside by its nearest point (``modelled``).
+sizes (``interpolated``), outside, and where points are lacking, by the nearest ones (``modelled``).
 """
 
 from __future__ import annotations
@@ -220,13 +220,20 @@ class _Grid:
         near = tuple(min(max(x, line[0]), line[-1]) for x, line in zip(point, self.lines, strict=True))
         inside = all(abs(a - b) < 1e-9 for a, b in zip(point, near, strict=True))
         options = [_sides(x, line) for x, line in zip(near, self.lines, strict=True)]
-        cells = itertools.product(*options)
-        for cell in sorted(cells, key=lambda cell: sum(side[-1][0] - side[0][0] for side in cell)):
+        cells = sorted(itertools.product(*options), key=lambda cell: sum(side[-1][0] - side[0][0] for side in cell))
+        for cell in cells:
             found = self._cell(cell)
             if found is not None:
                 return found, inside
-        nearest = min(self.values, key=lambda other: sum((a - b) ** 2 for a, b in zip(other, near, strict=True)))
-        return self.values[nearest], False
+        corners = itertools.product(*cells[0])
+        return sum(math.prod(share for _, share in c) * self._near(tuple(x for x, _ in c)) for c in corners), False
+
+    def _near(self, point: _Point) -> float:
+        """The value there, or at the nearest point."""
+        if point in self.values:
+            return self.values[point]
+        nearest = min(self.values, key=lambda other: sum((a - b) ** 2 for a, b in zip(other, point, strict=True)))
+        return self.values[nearest]
 
     def _cell(self, sides: Sequence[_Side]) -> float | None:
         """By the corners of a cell, None if one of them is lacking."""

@@ -17,13 +17,14 @@ __all__ = ["Call", "call_of", "conv_work", "dense_block", "products", "rows_of",
 @dataclass(frozen=True)
 class Call:
     """One use of a site: ``examples`` rows of activations, or examples with ``plane`` output positions each, with
-    ``ratios`` entries of the input per position along each window axis.
+    ``ratios`` entries of the input per position along each window axis. ``layout``: memory format, or ''.
     """
 
     examples: float
     plane: float = 1.0
     ratios: tuple[tuple[str, float], ...] = ()
     dtype: str = "float32"
+    layout: str = ""
 
     @property
     def rows(self) -> float:
@@ -38,7 +39,7 @@ def call_of(site: Site, rows: float, ratios: Mapping[str, float] | None = None) 
     plane = min(float(math.prod(positions for _, _, positions in site.lengths) if site.lengths else own), own)
     known = {axis: entries / positions for axis, entries, positions in site.lengths if positions}
     known = dict(ratios or {}) or known or {window.axis: float(window.stride) for window in site.windows}
-    return Call(own / plane, plane, tuple(known.items()), site.dtype)
+    return Call(own / plane, plane, tuple(known.items()), site.dtype, site.layout)
 
 
 def rows_of(site: Site, dense: Cost) -> float:
@@ -108,18 +109,18 @@ def products(
 
 def conv_work(
     taps: Sequence[int],
-    strided: bool,
+    slide: str,
     call: tuple[float, float, float],
     groups: int,
     inputs: int,
     outputs: int,
     dtype: str,
 ) -> Work:
-    """A convolution; ``call``: examples, positions of the output, entries of the input per position; ``inputs`` and
-    ``outputs`` of each group.
+    """A convolution; ``slide``: how, where that is not by one entry at a time, e.g. ``/2``; ``call``: examples,
+    positions of the output, entries of the input per position; ``inputs`` and ``outputs`` of each group.
     """
     examples, plane, read = call
-    window = "x".join(map(str, taps if len(taps) > 1 else (1, *taps))) + ("/2" if strided else "")
+    window = "x".join(map(str, taps if len(taps) > 1 else (1, *taps))) + slide
     if groups == 1:
         sizes: tuple[float, ...] = (examples, plane, float(inputs), float(outputs))
         return Work(f"conv {window}", sizes, dtype, read)
@@ -130,8 +131,12 @@ def conv_work(
 
 def _conv(op: Op, shape: tuple[int, ...], sizes: Mapping[str, int], call: Call, plane: float, read: float) -> Work:
     groups = conv_groups(op, sizes)
-    strided = any(window.stride > 1 for window in op.windows)
-    return conv_work(shape[2:], strided, (call.examples, plane, read), groups, shape[1], shape[0] // groups, call.dtype)
+    strides = dict.fromkeys(window.stride for window in op.windows)
+    notes = ["dilated"] if any(window.dilation > 1 for window in op.windows) else []
+    notes += [call.layout] if call.layout else []
+    step = "x".join(map(str, strides))
+    slide = f"/{' '.join([step, *notes])}" if notes or step != "1" else ""
+    return conv_work(shape[2:], slide, (call.examples, plane, read), groups, shape[1], shape[0] // groups, call.dtype)
 
 
 def _contract(op: Op, sizes: Mapping[str, int], call: Call) -> tuple[Work, ...]:

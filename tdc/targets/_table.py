@@ -25,12 +25,15 @@ __all__ = ["check", "fingerprint", "folder", "found", "load", "made_folder", "pa
 VERSION = 1
 _FORMAT = "tdc-table"
 _LARGEST = 1 << 24
+_SOURCES = Path(__file__).parents[1] / "kernels" / "c"
 _FLAGS = ("avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve", "v")
 _KEYS = frozenset({"format", "version", "fingerprint", "date", "drift", "noisy", "left_out", "timings"})
 
 
 def fingerprint() -> Mapping[str, str]:
-    """What times depend on here: the processor, the threads that torch uses now, its version and libraries."""
+    """What times depend on here: the processor, the threads that torch uses now, its version and libraries, and TDC's
+    kernels.
+    """
     return {**_machine(), "threads": str(torch.get_num_threads())}
 
 
@@ -53,8 +56,15 @@ def _machine() -> Mapping[str, str]:
         "isa": " ".join(flag for flag in _FLAGS if flag in flags),
         "torch": str(torch.__version__),
         "libraries": f"{torch.backends.cpu.get_cpu_capability()} {libraries}",
+        "kernels": _kernels(),
         "schema": str(VERSION),
     }
+
+
+def _kernels() -> str:
+    """A digest of the source of TDC's own kernels."""
+    sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".c", ".h"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def folder() -> Path:

@@ -18,8 +18,10 @@ from tdc.ir import Plan
 from tdc.ir.machine import Table, Timing, Work
 from tdc.options import Options
 from tdc.passes._clock import call_for, clock_of
+from tdc.passes._seconds import members_seconds
 from tdc.passes.base import Unit
 from tdc.passes.pipeline import PLANNING, Pipeline
+from tdc.passes.propose_layouts import lowered
 from tdc.targets import Target
 from tdc.targets.cpu import CPU
 from tdc.testing import random_cnn, random_mlp
@@ -173,3 +175,15 @@ def test_the_backend_looks_its_target_up_where_the_model_is_compiled() -> None:
 
     assert Settings.parse({"budget": "params=0.5"}, None).machine is targets.get("auto")
     assert Settings.parse({"budget": "params=0.5", "target": "nvidia-h200"}, None).machine is targets.get("nvidia-h200")
+
+
+def test_doors_that_know_lengths_and_those_that_do_not_decide_alike() -> None:
+    target = CPU(table(gather=1e-6))
+    plan = tdc.plan(random_cnn(), torch.randn(2, 3, 16, 16), budget="params=0.5", target="generic-cpu", progress=False)
+    for choice in plan.choices:
+        assert bool(choice.site.lengths) is choice.site.kind.is_conv
+        blind = replace(choice, site=replace(choice.site, lengths=()))
+        assert call_for(blind) == call_for(blind, told=False) == call_for(choice, told=False)
+        assert members_seconds(target, [choice]) == members_seconds(target, [blind])
+        if not choice.is_dense:
+            assert lowered(target, choice) == lowered(target, blind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from math import prod
@@ -192,3 +194,24 @@ def test_the_call_of_a_site_has_the_rows_of_each_use() -> None:
     block = dense_block(conv)
     ((_, (work,)),) = works_of(block, Call(2.0, 25.0, (("p", 2.0), ("q", 2.0))))
     assert (work.kind, work.sizes, work.read) == ("conv 3x3/2", (2.0, 25.0, 4.0, 8.0), 4.0)
+
+
+@pytest.mark.parametrize(
+    ("window", "layout", "label"),
+    [
+        (Window("p", 3, 1, 1, 1, 1), "", "interpolated"),
+        (Window("p", 3, 2, 1, 1, 1), "", "modelled"),
+        (Window("p", 3, 1, 2, 2, 2), "", "modelled"),
+        (Window("p", 3, 1, 1, 1, 1), "channels_last", "modelled"),
+    ],
+)
+def test_what_slides_in_another_way_than_what_was_measured_is_modelled(window: Window, layout: str, label: str) -> None:
+    """A stride, a dilation or another memory format makes another operation of it."""
+    weight = random_weight_of({"g": 1, "o": 8, "i": 4, "p": 3, "q": 3})
+    windows = (window, Window("q", 3, window.stride, window.dilation, window.before, window.after))
+    site = dataclasses.replace(random_site(weight, windows=windows), layout=layout, dtype="float32")
+    sizes = itertools.product((1.0, 16.0), (4.0, 64.0), (2.0, 32.0), (2.0, 32.0))
+    clock = Clock(machine(), table({Work("conv 3x3", s): 1e-3 for s in sizes}))
+    told = clock.block(dense_block(site), call_of(site, 50.0))
+    assert told.label == label
+    assert told.seconds > 0
