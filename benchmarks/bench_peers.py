@@ -190,7 +190,9 @@ class Row(nn.Module):
         self.layers = nn.ModuleList([copy.deepcopy(layer) for _ in range(copies)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return [layer(x) for layer in self.layers][0]
+        for layer in self.layers:
+            result: Tensor = layer(x)
+        return result
 
 
 def contestants(c: Case, missing: set[str]) -> dict[str, nn.Module]:
