@@ -16,7 +16,7 @@ def kernels() -> tuple[Kernel, ...]:
     """Every kernel."""
     from .c import convolutions, one_product, two_products
 
-    return (*two_products.KERNELS, one_product.KERNEL, *convolutions.KERNELS)
+    return (*two_products.KERNELS, *one_product.KERNELS, *convolutions.KERNELS)
 
 
 def match(block: Block) -> Match | Decline:

@@ -243,18 +243,29 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
     return c.status;
 }
 
-/* b i, o i -> b o: x (rows, i), weight (o, i), bias (o) or NULL, y (rows, o). */
-EXPORT int tdc_one_product(int version, int threads, const float *x, const float *weight, const float *bias, float *y,
-                           long rows, long inputs, long outputs) {
+/* b i, o i -> b o: x (rows, i), weight (o, i), bias (o) or NULL, y (rows, o). With order (i + o) the input x (rows, i + o)
+   is gathered, and its first o entries are added: y = x[order[:o]] + x[order[o:]] weight' + bias. */
+EXPORT int tdc_one_product(int version, int threads, const float *x, const float *weight, const float *bias,
+                           const int32_t *order, float *y, long rows, long inputs, long outputs) {
     if (version < 0 || version > tdc_version())
         return NO_SUCH_VERSION;
     if (rows == 0 || outputs == 0)
         return OK;
+    long stride = inputs + (order ? outputs : 0);
+    float *gathered = order ? aligned_alloc(64, (size_t)(rows * stride + 16) / 16 * 64) : NULL;
+    if (order && !gathered)
+        return NO_MEMORY;
+    struct call c = {.x = x, .order = order, .gathered = gathered, .rows = rows, .inputs = stride, .status = OK};
     threads = pool_enter(worth(threads, inputs * outputs));
+    if (order)
+        pool_run(threads, gather_input, &c, groups(stride), worth_a_claim(rows));
+    const float *source = order ? gathered : x;
     shared_product(threads, products[version], outputs,
-                   (struct product){weight, x, NULL, bias, y, rows, inputs, inputs, 0, outputs});
+                   (struct product){weight, source + (order ? outputs : 0), order ? source : NULL, bias, y, rows, inputs,
+                                    stride, stride, outputs});
     pool_leave(threads);
-    return OK;
+    free(gathered);
+    return c.status;
 }
 
 #else /* one version of the product: LANES numbers a vector */
