@@ -14,8 +14,8 @@ tensorly-torch, comprexx and fasterai with --no-deps, what these import, and TDC
 ``TDC``: the factored layer of ``tdc.compress`` after ``tdc.kernels.accelerate``, which takes the kernel where it
 measures it to be faster; ``kernel`` says whether. Linear layers keep half the parameters, 3 x 3 convolutions of
 ResNet-18 have a quarter of the channels as ranks. The weight is random with singular values that fall as 1/k. Every
-contestant goes through a pool of its own of layers, all in turn in one run; so weights are cold. ``error``: of the
-output, relative to the dense layer's. ``bytes``: parameters, of dense. Times in microseconds, least and median, and how
+contestant goes through a pool of its own of layers, all in turn in one run, four layers at a time; so weights are cold
+and code is warm, as in a model of several such layers. ``error``: of the output, relative to the dense layer's. ``bytes``: parameters, of dense. Times in microseconds, least and median, and how
 many times as fast as dense. Rows go to results/peers.csv.
 """
 
@@ -40,6 +40,7 @@ from tdc.planning.path import contraction_paths
 
 NAME = "peers"
 POOL = 48 << 20
+TOGETHER = 4
 LINEARS = ((1024, 1024), (3072, 768), (768, 3072))
 """(outputs, inputs)."""
 CONVOLUTIONS = (
@@ -221,10 +222,11 @@ def measured(c: Case, layers: dict[str, nn.Module], batch: int, laps: int) -> li
         errors = {name: ((p.layers[0](x) - right).norm() / right.norm()).item() for name, p in pools.items()}
         for lap in range(laps + 2):
             for name, pool in pools.items():
-                layer = pool.layers[lap % len(pool.layers)]
+                some = [pool.layers[(lap * TOGETHER + k) % len(pool.layers)] for k in range(TOGETHER)]
                 start = time.perf_counter()
-                layer(x)
-                times[name].append((time.perf_counter() - start) * 1e6)
+                for layer in some:
+                    layer(x)
+                times[name].append((time.perf_counter() - start) * 1e6 / TOGETHER)
     best = {name: min(taken[2:]) for name, taken in times.items()}
     middle = {name: statistics.median(taken[2:]) for name, taken in times.items()}
     return [
@@ -256,7 +258,7 @@ def main() -> None:
     for c in cases:
         layers = contestants(c, missing)
         for batch in (1, 16):
-            laps = chosen.laps if isinstance(c.dense, nn.Linear) or batch == 1 else max(chosen.laps // 4, 6)
+            laps = chosen.laps if isinstance(c.dense, nn.Linear) or batch == 1 else max(chosen.laps // 6, 5)
             for row in measured(c, layers, batch, laps):
                 rows.append(row)
                 print(*(f"{key} {value}" for key, value in row.items()), sep=", ", flush=True)
