@@ -15,8 +15,9 @@ tensorly-torch, comprexx and fasterai with --no-deps, what these import, and TDC
 measures it to be faster; ``kernel`` says whether. Linear layers keep half the parameters, 3 x 3 convolutions of
 ResNet-18 have a quarter of the channels as ranks. The weight is random with singular values that fall as 1/k. Every
 contestant goes through a pool of its own of layers, all in turn in one run, four layers at a time; so weights are cold
-and code is warm, as in a model of several such layers. ``error``: of the output, relative to the dense layer's. ``bytes``: parameters, of dense. Times in microseconds, least and median, and how
-many times as fast as dense. Rows go to results/peers.csv.
+and code is warm, as in a model of several such layers. ``error``: of the output, relative to the dense layer's.
+``bytes``: parameters, of dense. Times in microseconds, least and median, and how many times as fast as dense. Rows go
+to results/peers.csv.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def run(
     if not all(t.is_cpu and t.dtype is torch.float32 for t in given):
         raise ValueError("the C code takes float32 on the processor")
     taken = [t if t is None else t.contiguous() for t in (x, weight, bias, order)]
-    y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32, device=x.device)
+    y = x.new_empty((*x.shape[:-1], outputs))
     failed = code(
         widest if version is None else version,
         torch.get_num_threads(),

@@ -92,7 +92,7 @@ def run(
     if x.dtype is not torch.float32 or not all(t is None or t.is_cpu for t in given):
         raise ValueError(f"tdc::{_NAME}: the C code takes float32 on the processor")
     rank, inputs = first.shape[0], x.shape[-1]
-    y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32, device=x.device)
+    y = x.new_empty((*x.shape[:-1], outputs))
     failed = code(
         widest if version is None else version,
         torch.get_num_threads(),
