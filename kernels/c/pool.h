@@ -5,12 +5,17 @@
    call is about as fast as on one thread where the other cores are taken by something else. A claimed part can still be
    late, when its thread loses its core: after a wait of w the pool rests for RESTS w, and so costs little on average.
 
+   On Linux helpers stay off the core of the caller: woken there, they would only take its time.
    Helpers look for work for SPIN ns, giving way to others that want the core, then sleep. One call at a time has the
    pool; others that come meanwhile run alone. After a fork the child starts with an empty pool. Helpers are started at
    the first call that wants them. Without POSIX threads and semaphores everything runs on the caller.
 */
 #ifndef TDC_POOL
 #define TDC_POOL
+
+#ifdef __linux__
+#define _GNU_SOURCE /* sched_getcpu, affinity of threads */
+#endif
 
 /* Does parts [start, stop) of a phase. */
 typedef void (*phase)(void *context, long start, long stop);
@@ -27,6 +32,7 @@ typedef void (*phase)(void *context, long start, long stop);
 enum { HELPERS = 63, SPIN = 50000, LATE = 20000, RESTS = 16, HELPER_STACK = 1 << 18 };
 
 struct helper {
+    pthread_t thread;
     sem_t wake;
     atomic_int asleep;
 };
@@ -40,7 +46,7 @@ static struct {
     void *context;
     long parts;
     long long rests_until; /* ns of the monotonic clock */
-    int helpers;
+    int helpers, apart, core; /* started; of these, those that are off that core */
     struct helper helper[HELPERS];
 } pool = {.taken = ATOMIC_FLAG_INIT};
 
@@ -101,7 +107,7 @@ static void *help(void *place) {
 
 /* The child has none of the threads, and nobody is in a call there. */
 static void forget(void) {
-    pool.helpers = 0;
+    pool.helpers = pool.apart = 0;
     atomic_store(&pool.left, 0);
     atomic_flag_clear(&pool.taken);
 }
@@ -120,9 +126,8 @@ static int started(int wanted) {
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
     while (pool.helpers < wanted) {
         struct helper *one = &pool.helper[pool.helpers];
-        pthread_t thread;
         atomic_store(&one->asleep, 0);
-        if (sem_init(&one->wake, 0, 0) || pthread_create(&thread, &attributes, help, one))
+        if (sem_init(&one->wake, 0, 0) || pthread_create(&one->thread, &attributes, help, one))
             break;
         pool.helpers++;
     }
@@ -131,11 +136,32 @@ static int started(int wanted) {
     return pool.helpers;
 }
 
+/* Send the helpers to the cores that the caller may use, without the one on which it runs. Returns how many there are to
+   use: none where there is no other core. */
+static int apart(int helpers) {
+#ifdef __linux__
+    int core = sched_getcpu();
+    cpu_set_t cores;
+    if (core < 0 || (core == pool.core && pool.apart == helpers))
+        return helpers;
+    if (core >= CPU_SETSIZE || sched_getaffinity(0, sizeof cores, &cores))
+        return helpers;
+    CPU_CLR(core, &cores);
+    if (CPU_COUNT(&cores) == 0)
+        return 0;
+    for (int k = 0; k < helpers; k++)
+        pthread_setaffinity_np(pool.helper[k].thread, sizeof cores, &cores);
+    pool.core = core;
+    pool.apart = helpers;
+#endif
+    return helpers;
+}
+
 /* How many threads this call has, the caller among them; pool_leave() ends it. */
 static int pool_enter(int threads) {
     if (threads < 2 || atomic_flag_test_and_set(&pool.taken))
         return 1;
-    int helpers = now() < pool.rests_until ? 0 : started(threads - 1 < HELPERS ? threads - 1 : HELPERS);
+    int helpers = now() < pool.rests_until ? 0 : apart(started(threads - 1 < HELPERS ? threads - 1 : HELPERS));
     if (helpers == 0) {
         atomic_flag_clear(&pool.taken);
         return 1;

@@ -12,11 +12,12 @@
 */
 #ifndef LANES
 
+#include "pool.h" /* first: it says which system functions are wanted */
+
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "pool.h"
 #if defined(__x86_64__) || defined(__i386__)
 #define X86 1
 #include <immintrin.h>
