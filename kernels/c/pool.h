@@ -3,7 +3,8 @@
    A phase has `parts`; threads claim some at a time from one counter, more while many are left. The caller claims too
    and can do all of them; it waits only for parts that others have claimed, never for a thread that has not come. So a
    call is about as fast as on one thread where the other cores are taken by something else. A claimed part can still be
-   late, when its thread loses its core: after a wait of w the pool rests for RESTS w, and so costs little on average.
+   late, when its thread loses its core: after a wait of w the pool rests for RESTS w; after MISSES phases in turn of which
+   no helper did a part it rests for PAUSE ns, since waking them takes time too. So both cost little on average.
 
    On Linux helpers stay off the core of the caller: woken there, they would only take its time.
    Helpers look for work for SPIN ns, giving way to others that want the core, then sleep. One call at a time has the
@@ -29,7 +30,7 @@ typedef void (*phase)(void *context, long start, long stop);
 #include <stdatomic.h>
 #include <time.h>
 
-enum { HELPERS = 63, SPIN = 50000, LATE = 20000, RESTS = 16, HELPER_STACK = 1 << 18 };
+enum { HELPERS = 63, SPIN = 50000, LATE = 20000, RESTS = 16, MISSES = 8, PAUSE = 2000000, HELPER_STACK = 1 << 18 };
 
 struct helper {
     pthread_t thread;
@@ -47,6 +48,7 @@ static struct {
     long parts;
     long long rests_until; /* ns of the monotonic clock */
     int helpers, apart, core; /* started; of these, those that are off that core */
+    int missed;               /* phases in turn that the caller did alone */
     struct helper helper[HELPERS];
 } pool = {.taken = ATOMIC_FLAG_INIT};
 
@@ -66,10 +68,10 @@ static void breathe(void) {
     }
 }
 
-/* Claim and do parts until none is left. What a claim reads behind the counter holds until its parts are counted as
+/* Claim and do parts until none is left; returns how many. What a claim reads behind the counter holds until its parts are counted as
    done: only then does the caller go on. */
-static void claim_all(void) {
-    long left = atomic_load(&pool.left);
+static long claim_all(void) {
+    long left = atomic_load(&pool.left), own = 0;
     while (left > 0) {
         long share = left / (2 * (atomic_load(&pool.seats) + 1)), least = atomic_load(&pool.least);
         long some = share > least ? share : least;
@@ -79,8 +81,10 @@ static void claim_all(void) {
         long start = pool.parts - left;
         pool.run(pool.context, start, start + some);
         atomic_fetch_add(&pool.done, some);
+        own += some;
         left = atomic_load(&pool.left);
     }
+    return own;
 }
 
 static void *help(void *place) {
@@ -191,7 +195,11 @@ static void pool_run(int threads, phase run, void *context, long parts, long lea
     for (int k = 0; k < threads - 1; k++)
         if (atomic_load(&pool.helper[k].asleep) && atomic_exchange(&pool.helper[k].asleep, 0))
             sem_post(&pool.helper[k].wake);
-    claim_all();
+    pool.missed = claim_all() == parts ? pool.missed + 1 : 0;
+    if (pool.missed == MISSES) {
+        pool.rests_until = now() + PAUSE;
+        pool.missed = 0;
+    }
     if (atomic_load(&pool.done) == parts)
         return;
     long long start = now(), waited = 0;
