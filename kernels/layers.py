@@ -123,8 +123,8 @@ def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16), example: Any 
     for place, (name, layer) in enumerate(layers):
         parts: dict[str, Block | None] = {"": layer.own, "what it shares: ": layer.shared}
         found = {
-            note: _chosen(layer, block, steps, None if seen is None else seen[place][k], known)
-            for k, (note, block) in enumerate(parts.items())
+            note: _chosen(layer, block, steps, None if seen is None else seen[place], known)
+            for note, block in parts.items()
             if block is not None
         }
         layer.use(*(found[note][0] if note in found else None for note in parts))
@@ -135,18 +135,18 @@ def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16), example: Any 
 Shapes = tuple[tuple[int, ...], ...]
 
 
-def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[tuple[Shapes, Shapes]]:
-    """The shapes of what each layer's block, and what it shares with others, are given when the model runs."""
-    found: list[tuple[dict[Any, None], dict[Any, None]]] = [({}, {}) for _ in layers]
+def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[Shapes]:
+    """The shapes of what each layer's own block is given when the model runs."""
+    found: list[dict[tuple[int, ...], None]] = [{} for _ in layers]
     modes = [(module, module.training) for module in model.modules()]
 
-    def noted(shapes: dict[Any, None]) -> Callable[..., None]:
+    def noted(shapes: dict[tuple[int, ...], None]) -> Runner:
         return lambda x, factors, bias: shapes.setdefault(tuple(x.shape))
 
     try:
         model.eval()
-        for layer, (own, shared) in zip(layers, found, strict=True):
-            layer.use(noted(own), noted(shared) if layer.shared is not None else None)
+        for layer, shapes in zip(layers, found, strict=True):
+            layer.use(noted(shapes))
         with torch.no_grad():
             for one in example if isinstance(example, list) else [example]:
                 if isinstance(one, Mapping):
@@ -158,13 +158,15 @@ def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[tuple[Shap
             layer.use(None)
         for module, training in modes:
             module.training = training
-    return [(tuple(own), tuple(shared)) for own, shared in found]
+    return [tuple(shapes) for shapes in found]
 
 
 def _chosen(
     layer: Runs, block: Block, steps: list[int], seen: Shapes | None, known: dict[Any, float]
 ) -> tuple[Runner | None, str]:
-    """The kernel for a block of the layer where it gains, and what is to be said."""
+    """The kernel for a block of the layer where it gains, and what is to be said. ``seen``: shapes of the layer's own
+    input; what it shares has as many rows.
+    """
     factors = layer.factors
     some = next((factor for factor in factors.values() if factor.is_floating_point()), torch.empty(0))
     found = match(block, some.device.type)

@@ -18,7 +18,7 @@ def kernels() -> tuple[Kernel, ...]:
     from .triton import three_convolutions
     from .triton import two_products as on_gpu
 
-    on_processor = (*two_products.KERNELS, one_product.KERNEL, *convolutions.KERNELS)
+    on_processor = (*two_products.KERNELS, *one_product.KERNELS, *convolutions.KERNELS)
     return (*on_processor, *on_gpu.KERNELS, three_convolutions.KERNEL)
 
 

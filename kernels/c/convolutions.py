@@ -45,7 +45,7 @@ def run(x: Tensor, *operands: Any, version: int | None = None) -> Tensor:
         raise ValueError(f"the bias {list(bias.shape)} does not fit {shape[0]} outputs")
     x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty((len(x), *shape), dtype=torch.float32, device=x.device)
+    y = x.new_empty((len(x), *shape))
     failed = code(
         widest if version is None else version,
         torch.get_num_threads(),

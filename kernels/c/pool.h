@@ -3,14 +3,20 @@
    A phase has `parts`; threads claim some at a time from one counter, more while many are left. The caller claims too
    and can do all of them; it waits only for parts that others have claimed, never for a thread that has not come. So a
    call is about as fast as on one thread where the other cores are taken by something else. A claimed part can still be
-   late, when its thread loses its core: after a wait of w the pool rests for RESTS w, and so costs little on average.
+   late, when its thread loses its core: after a wait of w the pool rests for RESTS w; after MISSES phases in turn of which
+   no helper did a part it rests for PAUSE ns, since waking them takes time too. So both cost little on average.
 
+   On Linux helpers stay off the core of the caller: woken there, they would only take its time.
    Helpers look for work for SPIN ns, giving way to others that want the core, then sleep. One call at a time has the
    pool; others that come meanwhile run alone. After a fork the child starts with an empty pool. Helpers are started at
    the first call that wants them. Without POSIX threads and semaphores everything runs on the caller.
 */
 #ifndef TDC_POOL
 #define TDC_POOL
+
+#ifdef __linux__
+#define _GNU_SOURCE /* sched_getcpu, affinity of threads */
+#endif
 
 /* Does parts [start, stop) of a phase. */
 typedef void (*phase)(void *context, long start, long stop);
@@ -24,9 +30,10 @@ typedef void (*phase)(void *context, long start, long stop);
 #include <stdatomic.h>
 #include <time.h>
 
-enum { HELPERS = 63, SPIN = 50000, LATE = 20000, RESTS = 16, HELPER_STACK = 1 << 18 };
+enum { HELPERS = 63, SPIN = 50000, LATE = 20000, RESTS = 16, MISSES = 8, PAUSE = 2000000, HELPER_STACK = 1 << 18 };
 
 struct helper {
+    pthread_t thread;
     sem_t wake;
     atomic_int asleep;
 };
@@ -40,7 +47,8 @@ static struct {
     void *context;
     long parts;
     long long rests_until; /* ns of the monotonic clock */
-    int helpers;
+    int helpers, apart, core; /* started; of these, those that are off that core */
+    int missed;               /* phases in turn that the caller did alone */
     struct helper helper[HELPERS];
 } pool = {.taken = ATOMIC_FLAG_INIT};
 
@@ -60,10 +68,10 @@ static void breathe(void) {
     }
 }
 
-/* Claim and do parts until none is left. What a claim reads behind the counter holds until its parts are counted as
+/* Claim and do parts until none is left; returns how many. What a claim reads behind the counter holds until its parts are counted as
    done: only then does the caller go on. */
-static void claim_all(void) {
-    long left = atomic_load(&pool.left);
+static long claim_all(void) {
+    long left = atomic_load(&pool.left), own = 0;
     while (left > 0) {
         long share = left / (2 * (atomic_load(&pool.seats) + 1)), least = atomic_load(&pool.least);
         long some = share > least ? share : least;
@@ -73,8 +81,10 @@ static void claim_all(void) {
         long start = pool.parts - left;
         pool.run(pool.context, start, start + some);
         atomic_fetch_add(&pool.done, some);
+        own += some;
         left = atomic_load(&pool.left);
     }
+    return own;
 }
 
 static void *help(void *place) {
@@ -101,7 +111,7 @@ static void *help(void *place) {
 
 /* The child has none of the threads, and nobody is in a call there. */
 static void forget(void) {
-    pool.helpers = 0;
+    pool.helpers = pool.apart = 0;
     atomic_store(&pool.left, 0);
     atomic_flag_clear(&pool.taken);
 }
@@ -120,9 +130,8 @@ static int started(int wanted) {
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
     while (pool.helpers < wanted) {
         struct helper *one = &pool.helper[pool.helpers];
-        pthread_t thread;
         atomic_store(&one->asleep, 0);
-        if (sem_init(&one->wake, 0, 0) || pthread_create(&thread, &attributes, help, one))
+        if (sem_init(&one->wake, 0, 0) || pthread_create(&one->thread, &attributes, help, one))
             break;
         pool.helpers++;
     }
@@ -131,11 +140,32 @@ static int started(int wanted) {
     return pool.helpers;
 }
 
+/* Send the helpers to the cores that the caller may use, without the one on which it runs. Returns how many there are to
+   use: none where there is no other core. */
+static int apart(int helpers) {
+#ifdef __linux__
+    int core = sched_getcpu();
+    cpu_set_t cores;
+    if (core < 0 || (core == pool.core && pool.apart == helpers))
+        return helpers;
+    if (core >= CPU_SETSIZE || sched_getaffinity(0, sizeof cores, &cores))
+        return helpers;
+    CPU_CLR(core, &cores);
+    if (CPU_COUNT(&cores) == 0)
+        return 0;
+    for (int k = 0; k < helpers; k++)
+        pthread_setaffinity_np(pool.helper[k].thread, sizeof cores, &cores);
+    pool.core = core;
+    pool.apart = helpers;
+#endif
+    return helpers;
+}
+
 /* How many threads this call has, the caller among them; pool_leave() ends it. */
 static int pool_enter(int threads) {
     if (threads < 2 || atomic_flag_test_and_set(&pool.taken))
         return 1;
-    int helpers = now() < pool.rests_until ? 0 : started(threads - 1 < HELPERS ? threads - 1 : HELPERS);
+    int helpers = now() < pool.rests_until ? 0 : apart(started(threads - 1 < HELPERS ? threads - 1 : HELPERS));
     if (helpers == 0) {
         atomic_flag_clear(&pool.taken);
         return 1;
@@ -165,7 +195,11 @@ static void pool_run(int threads, phase run, void *context, long parts, long lea
     for (int k = 0; k < threads - 1; k++)
         if (atomic_load(&pool.helper[k].asleep) && atomic_exchange(&pool.helper[k].asleep, 0))
             sem_post(&pool.helper[k].wake);
-    claim_all();
+    pool.missed = claim_all() == parts ? pool.missed + 1 : 0;
+    if (pool.missed == MISSES) {
+        pool.rests_until = now() + PAUSE;
+        pool.missed = 0;
+    }
     if (atomic_load(&pool.done) == parts)
         return;
     long long start = now(), waited = 0;

@@ -12,11 +12,12 @@
 */
 #ifndef LANES
 
+#include "pool.h" /* first: it says which system functions are wanted */
+
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "pool.h"
 #if defined(__x86_64__) || defined(__i386__)
 #define X86 1
 #include <immintrin.h>
@@ -141,19 +142,30 @@ struct call {
     _Atomic int status;
 };
 
-/* y[b, j] = from[b, index[j]] + bias[j] for j in [start, stop), without an index from[b, j]; 0 where an index is out of
-   range. */
+/* y[b, j] = from[b, index[j]] + bias[j] for j in [start, stop) and `rows` rows of both; bias may be NULL. */
+INLINE void gather_rows(const float *from, long from_stride, const int32_t *restrict index, const float *restrict bias,
+                        float *restrict y, long y_stride, int rows, long start, long stop) {
+    for (long j = start; j < stop; j++)
+#pragma GCC unroll 4
+        for (int b = 0; b < rows; b++)
+            y[b * y_stride + j] = bias ? from[b * from_stride + index[j]] + bias[j] : from[b * from_stride + index[j]];
+}
+
+/* The same for all rows, without an index from[b, j]; 0 where an index is out of range. Four rows at once are three times
+   as fast as one. */
 static int gather(const float *from, long from_stride, const int32_t *index, long entries, const float *bias, float *y,
                   long y_stride, long rows, long start, long stop) {
     for (long j = start; index && j < stop; j++)
         if (index[j] < 0 || index[j] >= entries)
             return 0;
-    for (long b = 0; b < rows; b++) {
-        const float *row = from + b * from_stride;
-        float *out = y + b * y_stride;
+    long b = 0;
+    for (; index && b + 4 <= rows; b += 4)
+        gather_rows(from + b * from_stride, from_stride, index, bias, y + b * y_stride, y_stride, 4, start, stop);
+    for (; index && b < rows; b++)
+        gather_rows(from + b * from_stride, from_stride, index, bias, y + b * y_stride, y_stride, 1, start, stop);
+    for (; b < rows; b++)
         for (long j = start; j < stop; j++)
-            out[j] = row[index ? index[j] : j] + (bias ? bias[j] : 0);
-    }
+            y[b * y_stride + j] = from[b * from_stride + j] + (bias ? bias[j] : 0);
     return 1;
 }
 
@@ -243,18 +255,29 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
     return c.status;
 }
 
-/* b i, o i -> b o: x (rows, i), weight (o, i), bias (o) or NULL, y (rows, o). */
-EXPORT int tdc_one_product(int version, int threads, const float *x, const float *weight, const float *bias, float *y,
-                           long rows, long inputs, long outputs) {
+/* b i, o i -> b o: x (rows, i), weight (o, i), bias (o) or NULL, y (rows, o). With order (i + o) the input x (rows, i + o)
+   is gathered, and its first o entries are added: y = x[order[:o]] + x[order[o:]] weight' + bias. */
+EXPORT int tdc_one_product(int version, int threads, const float *x, const float *weight, const float *bias,
+                           const int32_t *order, float *y, long rows, long inputs, long outputs) {
     if (version < 0 || version > tdc_version())
         return NO_SUCH_VERSION;
     if (rows == 0 || outputs == 0)
         return OK;
+    long stride = inputs + (order ? outputs : 0);
+    float *gathered = order ? aligned_alloc(64, (size_t)(rows * stride + 16) / 16 * 64) : NULL;
+    if (order && !gathered)
+        return NO_MEMORY;
+    struct call c = {.x = x, .order = order, .gathered = gathered, .rows = rows, .inputs = stride, .status = OK};
     threads = pool_enter(worth(threads, inputs * outputs));
+    if (order)
+        pool_run(threads, gather_input, &c, groups(stride), worth_a_claim(rows));
+    const float *source = order ? gathered : x;
     shared_product(threads, products[version], outputs,
-                   (struct product){weight, x, NULL, bias, y, rows, inputs, inputs, 0, outputs});
+                   (struct product){weight, source + (order ? outputs : 0), order ? source : NULL, bias, y, rows, inputs,
+                                    stride, stride, outputs});
     pool_leave(threads);
-    return OK;
+    free(gathered);
+    return c.status;
 }
 
 #else /* one version of the product: LANES numbers a vector */

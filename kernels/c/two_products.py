@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | Decline:
     if isinstance(found, ctypes.CDLL):
         number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_long
         found.tdc_two_products.argtypes = [*[number] * 2, *[pointer] * 7, *[size] * 4, number]
-        found.tdc_one_product.argtypes = [*[number] * 2, *[pointer] * 4, *[size] * 3]
+        found.tdc_one_product.argtypes = [*[number] * 2, *[pointer] * 5, *[size] * 3]
         found.tdc_convolutions.argtypes = [*[number] * 2, *[pointer] * 4, *[size] * 4, number, pointer]
     return found
 
@@ -102,7 +102,7 @@ def run(
     if x.dtype is not torch.float32 or not all(t is None or t.is_cpu for t in given):
         raise ValueError(f"tdc::{_NAME}: the C code takes float32 on the processor")
     rank, inputs = first.shape[0], x.shape[-1]
-    y = torch.empty((*x.shape[:-1], outputs), dtype=torch.float32, device=x.device)
+    y = x.new_empty((*x.shape[:-1], outputs))
     failed = code(
         widest if version is None else version,
         torch.get_num_threads(),

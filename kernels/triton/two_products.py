@@ -143,8 +143,8 @@ NAME = "{}, on the GPU"
 KERNELS = (
     *base.kernels_by(run, LIMITS, available, NAME, device="cuda", dtypes=NAMES),
     replace(
-        stock.KERNEL,
-        name=NAME.format(stock.KERNEL.name),
+        stock.KERNELS[0],
+        name=NAME.format(stock.KERNELS[0].name),
         limits=LIMITS,
         run=one_product,
         available=available,

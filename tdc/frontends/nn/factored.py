@@ -79,8 +79,9 @@ class Factored(nn.Module):
 
     def factor(self, name: str) -> Tensor:
         """One factor."""
-        found: Tensor = getattr(self.holder(name), f"weight_{name}")
-        return found
+        holder, key = self.holder(name), f"weight_{name}"
+        found: Tensor | None = holder._parameters.get(key)
+        return getattr(holder, key) if found is None else found
 
     @property
     def weight(self) -> Tensor:

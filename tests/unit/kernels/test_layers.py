@@ -17,6 +17,15 @@ from tdc.kernels import layers
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
+SHARED = Block(
+    (("v", (7, 24)), ("u", (20, 7))),
+    (
+        Op("matmul", "t0", ("x", "v"), Equation.parse("b i, r i -> b r")),
+        Op("matmul", "t1", ("t0", "u"), Equation.parse("b r, o r -> b o")),
+    ),
+    "t1",
+    (("o", 20), ("i", 24), ("r", 7)),
+)
 X = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
 
 
@@ -163,18 +172,11 @@ def test_factors_that_change_are_read_at_every_call(
 
 
 def test_layers_that_share_factors_compute_with_them_once(gains: dict[int, float], calls: list[int]) -> None:
-    block = Block(
-        (("v", (7, 24)), ("u", (20, 7))),
-        (
-            Op("matmul", "t0", ("x", "v"), Equation.parse("b i, r i -> b r")),
-            Op("matmul", "t1", ("t0", "u"), Equation.parse("b r, o r -> b o")),
-        ),
-        "t1",
-        (("o", 20), ("i", 24), ("r", 7)),
-    )
     sharing, first = Sharing(frozenset({"v"})), torch.randn(7, 24)
     shared = nn.ModuleList(
-        FactoredLinear(nn.Linear(24, 20), block, {"v": first, "u": torch.randn(20, 7)}, "any", torch.randn(20), sharing)
+        FactoredLinear(
+            nn.Linear(24, 20), SHARED, {"v": first, "u": torch.randn(20, 7)}, "any", torch.randn(20), sharing
+        )
         for _ in range(2)
     )
     with torch.no_grad():
@@ -189,6 +191,24 @@ def test_layers_that_share_factors_compute_with_them_once(gains: dict[int, float
         wide = torch.randn(9, 24)
         assert_same(shared[1](wide), copy.deepcopy(shared)[1](wide))
         assert calls == []
+
+
+def test_an_example_measures_what_layers_share_at_their_rows(small: nn.Module, gains: dict[int, float]) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sharing, first = Sharing(frozenset({"v"})), torch.randn(7, 24)
+            factors = [{"v": first, "u": torch.randn(20, 7)} for _ in range(2)]
+            made = [FactoredLinear(nn.Linear(24, 20), SHARED, one, "any", torch.randn(20), sharing) for one in factors]
+            self.one, self.two = made
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.one(x) - self.two(x)
+            return result
+
+    said = "one product: 3.00 times as fast at 8 rows"
+    remarks = kernels.accelerate(Two(), example={"x": torch.randn(8, 24)})
+    assert [remark.reason for remark in remarks] == [f"{said}; what it shares: {said}"] * 2
 
 
 @pytest.mark.parametrize("name", ["tucker2", "output_svd", "input_svd", "spatial_svd", "tt_conv"])

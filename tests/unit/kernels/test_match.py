@@ -65,7 +65,7 @@ def test_a_kernel_computes_what_its_block_states() -> None:
                 torch.testing.assert_close(call(x.float(), real), right.float(), rtol=1e-4, atol=1e-4)
                 torch.testing.assert_close(call(x.float(), real, bias), (right + bias).float(), rtol=1e-4, atol=1e-4)
     here = {k.name for k in kernels.kernels() if k.device == "cpu" and not k.kind.is_conv}
-    assert matched == here - {"one product"}
+    assert matched == here - {"one product", "one product behind a gather"}
 
 
 @pytest.mark.usefixtures("compiled")

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tdc.kernels.c import two_products
-from tdc.kernels.c.one_product import run
+from tdc.kernels.c.one_product import reference, run
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -27,6 +27,36 @@ def test_results_are_as_good_as_torchs(outputs: int, inputs: int) -> None:
             torch.testing.assert_close(
                 run(x, weight, version=version), functional.linear(x, weight), rtol=1e-4, atol=1e-4
             )
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 17, 64])
+@pytest.mark.parametrize("inputs", [0, 1, 17, 133, 519])
+def test_results_behind_a_gather_are_as_good_as_torchs(outputs: int, inputs: int) -> None:
+    order = torch.randperm(inputs + outputs).int()
+    for version in range(len(two_products.versions())):
+        for rows in (1, 2, 3, 5, 8):
+            x, weight, bias = torch.randn(rows, inputs + outputs), torch.randn(outputs, inputs), torch.randn(outputs)
+            right = reference(x.double(), weight.double(), bias.double(), order)
+            terms = reference(x.double().abs(), weight.double().abs(), bias.double().abs(), order).norm().item()
+            found = (run(x, weight, bias, order, version=version), reference(x, weight, bias, order))
+            ours, theirs = (((y.double() - right).norm() / terms).item() for y in found)
+            assert ours <= 2 * theirs + 2**-24
+            plain = run(x, weight, None, order, version=version)
+            torch.testing.assert_close(plain, reference(x, weight, None, order), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [-1, 33, 2**31 - 1])
+def test_an_index_out_of_range_is_an_error(wrong: int) -> None:
+    order = torch.randperm(33).int()
+    order[20] = wrong
+    with pytest.raises(IndexError, match="out of range"):
+        run(torch.randn(2, 33), torch.randn(7, 26), None, order)
+
+
+@pytest.mark.parametrize("order", [torch.zeros(32, dtype=torch.int32), torch.zeros(33, dtype=torch.int64)])
+def test_an_order_that_does_not_fit_is_refused(order: Tensor) -> None:
+    with pytest.raises(ValueError, match="shapes"):
+        run(torch.randn(2, 33), torch.randn(7, 26), None, order)
 
 
 def test_threads_change_no_bit() -> None:
