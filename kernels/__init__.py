@@ -1,8 +1,7 @@
 """The kernels: they match equations and know no decomposition.
 
 ``match(block)`` gives the kernel that runs a block, or the reasons why none does; ``accelerate(model)`` lets the
-factored layers of a model use kernels where they are measured to be faster; ``choose(block, ...)`` measures for a
-block. Nothing is compiled before it is needed.
+factored layers of a model use kernels where they are measured to be faster. Nothing is compiled before it is needed.
 """
 
 if __name__ != "tdc.kernels":
@@ -12,7 +11,6 @@ if __name__ != "tdc.kernels":
 
 from .base import Kernel, Match
 from .layers import accelerate
-from .measure import Choice, choose
 from .registry import kernels, match
 
-__all__ = ["Choice", "Kernel", "Match", "accelerate", "choose", "kernels", "match"]
+__all__ = ["Kernel", "Match", "accelerate", "kernels", "match"]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tdc.ir import Block, Decline
-
 from .base import Match
-from .registry import match
 
-__all__ = ["GAIN", "Choice", "Timed", "choose", "memory_format", "timed"]
+__all__ = ["GAIN", "Timed", "memory_format", "timed"]
 
 GAIN = 1.05
 """A kernel is taken where it is faster than the stock operators by this factor, in least and in median time."""
@@ -70,43 +67,3 @@ def timed(
                 taken.append(time.perf_counter() - start)
     stock, fast = (tuple(taken[2:]) for taken in times.values())
     return Timed(fast, stock)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A kernel for a block, and its median seconds at each of the shapes beside those of the stock operators."""
-
-    match: Match
-    kernel: tuple[float, ...]
-    stock: tuple[float, ...]
-    faster: tuple[bool, ...]
-
-    @property
-    def seconds(self) -> tuple[float, ...]:
-        """What the block takes where the kernel runs at the shapes at which it is faster."""
-        return tuple(k if fast else s for k, s, fast in zip(self.kernel, self.stock, self.faster, strict=True))
-
-
-def choose(block: Block, bias: bool, shapes: Iterable[Sequence[int]]) -> Choice | Decline:
-    """The kernel that :func:`tdc.kernels.accelerate` would choose for a layer with that block and inputs of these
-    shapes, on random factors, with torch's present number of threads. Declines where no kernel runs the block or none
-    of the shapes gains by it.
-    """
-    found = match(block)
-    if isinstance(found, Decline):
-        return found
-    made = torch.Generator().manual_seed(0)
-    index = {op.inputs[1] for op in block.ops if op.kind == "take"}
-    factors = {
-        name: torch.randperm(shape[0], generator=made).int() if name in index else torch.randn(shape, generator=made)
-        for name, shape in block.factors
-    }
-    last = dict(block.sizes)
-    some_bias = torch.randn(last.get("g", 1) * last["o"], generator=made) if bias else None
-    times = [timed(found, factors, some_bias, shape) for shape in shapes]
-    faster = tuple(one.gain > GAIN for one in times)
-    if not any(faster):
-        gains = ", ".join(f"{one.gain:.2f}" for one in times)
-        return Decline(f"{found.kernel.name}: {gains or 'nothing measured'} times as fast as stock operators")
-    kernel, stock = ([statistics.median(getattr(one, who)) for one in times] for who in ("kernel", "stock"))
-    return Choice(found, tuple(kernel), tuple(stock), faster)

@@ -122,7 +122,8 @@ def test_where_the_code_cannot_run_the_reason_is_given(monkeypatch: pytest.Monke
 def test_every_kernel_of_the_processor_has_one_for_the_same_equation_on_the_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    linear = [kernel for kernel in kernels.kernels() if not kernel.kind.is_conv]
+    alone = "one product behind a gather"  # on the GPU the product and the gather run one after the other
+    linear = [kernel for kernel in kernels.kernels() if not kernel.kind.is_conv and kernel.name != alone]
     of = {device: [kernel for kernel in linear if kernel.device == device] for device in ("cpu", "cuda")}
     assert [k.lines for k in of["cpu"]] == [k.lines for k in of["cuda"]]
     everywhere = tuple(replace(kernel, available=lambda: None) for kernel in kernels.kernels())
