@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 from tdc import kernels
-from tdc.ir import Decline, Window
+from tdc.ir import Block, Decline, Equation, Op, OpKind, Window
 from tdc.kernels.base import Windows
 from tdc.kernels.c import two_products
 from tdc.kernels.c.convolutions import reference, run
 
-from .test_measure import CONV
+THREE, ONE = (Window("p", 3, 1, 1, 1, 1), Window("q", 3, 1, 1, 1, 1)), (Window("p"), Window("q"))
+CONV = Block(
+    (("v", (7, 5, 3, 3)), ("u", (6, 7))),
+    (
+        Op("conv", "t0", ("x", "v"), Equation.parse("b g i p q, (g r) i p q -> b g r"), windows=THREE),
+        Op("conv", "t1", ("t0", "u"), Equation.parse("b g r, (g o) r -> b g o"), windows=ONE),
+    ),
+    "t1",
+    (("g", 1), ("o", 6), ("i", 5), ("p", 3), ("q", 3), ("r", 7)),
+    kind=OpKind.CONV2D,
+)
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
