@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..ir import Block
+from ..ir import Block, Site
 
-__all__ = ["Run", "copies_of", "once", "part_of_run", "seconds_of", "stand_ins", "stored_numbers"]
+__all__ = ["Run", "alike", "copies_of", "in_turn", "once", "part_of_run", "seconds_of", "stand_ins", "stored_numbers"]
 
 _COLD = 64 << 20
 """Bytes of weights that copies of a layer take together, so that the caches do not hold them from call to call."""
@@ -30,6 +30,24 @@ def once(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def in_turn(runs: Sequence[Run]) -> Run:
+    """All of them, one after the other."""
+
+    def run() -> None:
+        for one in runs:
+            one()
+
+    return run
+
+
+def alike(sites: Iterable[Site], key: Callable[[Site], object]) -> list[tuple[Site, int]]:
+    """One of each kind, with how many there are."""
+    found: dict[object, list[Site]] = {}
+    for site in sites:
+        found.setdefault(key(site), []).append(site)
+    return [(own[0], len(own)) for own in found.values()]
 
 
 def copies_of(size: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ir import Block, Site
-from ..clock import Run, copies_of, part_of_run, seconds_of, stand_ins, stored_numbers
+from ..clock import Run, alike, copies_of, in_turn, part_of_run, seconds_of, stand_ins, stored_numbers
 from ..program import Kernel, Replacement
 from .captured import Bound, Values
 from .emit import Emitter
@@ -66,10 +66,8 @@ class Stopwatch:
 
     def model(self) -> tuple[float, float]:
         """Seconds of a run of the whole graph, the fastest, and what part of a run its sites take."""
-        alike: dict[object, list[Site]] = {}
-        for site in self.sites:
-            alike.setdefault(self.key(site), []).append(site)
-        inside = [(_in_turn([_dense(met)[0] for met in self.met[own[0].order]]), len(own)) for own in alike.values()]
+        kinds = alike(self.sites, self.key)
+        inside = [(in_turn([_dense(met)[0] for met in self.met[site.order]]), count) for site, count in kinds]
         return part_of_run(self.whole, inside)
 
     def key(self, site: Site) -> object:
@@ -83,19 +81,11 @@ class Stopwatch:
         """Seconds that a site takes in a run, as it is and in place of it with each block, by stock operators."""
         met = self.met[site.order]
         contestants = [[_dense(one) for one in met], *([_replaced(one, block) for one in met] for block in blocks)]
-        return seconds_of([[_in_turn(runs) for runs in zip(*own, strict=True)] for own in contestants])
+        return seconds_of([[in_turn(runs) for runs in zip(*own, strict=True)] for own in contestants])
 
 
 def _shape(given: Any) -> object:
     return (tuple(given.shape), given.stride(), given.dtype) if isinstance(given, Tensor) else str(given)
-
-
-def _in_turn(runs: Sequence[Run]) -> Run:
-    def run() -> None:
-        for one in runs:
-            one()
-
-    return run
 
 
 def _dense(met: Met) -> list[Run]:

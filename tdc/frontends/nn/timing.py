@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ...ir import Block, Site
-from ..clock import Run, copies_of, once, seconds_of, stand_ins, stored_numbers
+from ..clock import Run, copies_of, in_turn, once, seconds_of, stand_ins, stored_numbers
 from ..program import Kernel
 from .factored import factored
 
@@ -90,11 +91,7 @@ class Stopwatch:
 
 
 def _run(layer: nn.Module, activations: Sequence[Tensor]) -> Run:
-    def run() -> None:
-        for activation in activations:
-            layer(activation)
-
-    return run
+    return in_turn([partial(layer, activation) for activation in activations])
 
 
 def _like(weight: Tensor, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from ...ir import Block, Site
-from ..clock import Run, copies_of, part_of_run, seconds_of, stand_ins, stored_numbers
+from ..clock import Run, alike, copies_of, in_turn, part_of_run, seconds_of, stand_ins, stored_numbers
 from ..program import Kernel, Replacement
 from .emit import Emitter
 from .running import clone, moved
@@ -44,13 +44,10 @@ class Stopwatch:
 
     def model(self) -> tuple[float, float]:
         """Seconds of a run of the whole file, the fastest, and what part of a run its sites take."""
-        alike: dict[object, list[Site]] = {}
-        for site in self.sites:
-            alike.setdefault(self.key(site), []).append(site)
         inside = []
-        for own in alike.values():
-            runs = [_run(alone(self.source, met), met, None, 0) for met in self.met[own[0].order]]
-            inside.append((_in_turn(runs), len(own)))
+        for site, count in alike(self.sites, self.key):
+            runs = [_run(alone(self.source, met), met, None, 0) for met in self.met[site.order]]
+            inside.append((in_turn(runs), count))
         return part_of_run(self.whole, inside, _empty())
 
     def key(self, site: Site) -> object:
@@ -68,7 +65,7 @@ class Stopwatch:
             numbers = stored_numbers(block) if block is not None else site.params
             copies = range(copies_of(numbers * met[0].activation.itemsize))
             rows = [[_run(own, one, block, seed) for own, one in zip(small, met, strict=True)] for seed in copies]
-            contestants.append([_in_turn(runs) for runs in rows])
+            contestants.append([in_turn(runs) for runs in rows])
         empty, *taken = seconds_of(contestants)
         return [max(seconds - len(met) * empty, 1e-7) for seconds in taken]
 
@@ -162,11 +159,3 @@ def _empty() -> Run:
     graph = ir.Graph([entry], [node.outputs[0]], nodes=[node], opset_imports={"": 13}, name="empty")
     session, feeds = Session(ir.Model(graph, ir_version=8)), {"x": np.zeros(1, np.float32)}
     return lambda: session.run(["y"], feeds)
-
-
-def _in_turn(runs: Sequence[Run]) -> Run:
-    def run() -> Any:
-        for one in runs:
-            one()
-
-    return run
