@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch.nn import functional
 from tdc.ir import Decline
 
 from ..base import Kernel, Line
+from ..operator import Operator
 from .build import load
 
 __all__ = [
@@ -49,8 +49,6 @@ _FAILURES: dict[int, tuple[type[Exception], str]] = {
     1: (MemoryError, "no memory for the intermediate"),
     2: (IndexError, "an index is out of range"),
 }
-_registered: list[torch.library.Library] = []
-_LOCK = threading.Lock()
 
 
 @functools.cache
@@ -143,27 +141,6 @@ def reference(
     return y if bias is None else y + bias
 
 
-def operator() -> Any:
-    """``torch.ops.tdc.two_products``, registered at the first call."""
-    with _LOCK:
-        if not _registered:
-            _registered.append(_register())
-    return torch.ops.tdc.two_products.default
-
-
-def _register() -> torch.library.Library:
-    made = torch.library.Library("tdc", "FRAGMENT")
-    made.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    made.impl(_NAME, _on_processor, "CPU")
-    made.impl(_NAME, _on_gpu, "CUDA")
-    made.impl(_NAME, reference, "CompositeExplicitAutograd")
-    name = f"tdc::{_NAME}"
-    torch.library.register_fake(name, _fake, lib=made)
-    torch.library.register_autograd(name, _backward, setup_context=_setup, lib=made)
-    torch.library.register_vmap(name, _mapped, lib=made)
-    return made
-
-
 def _on_processor(x: Tensor, *operands: Any) -> Tensor:
     if x.dtype is torch.float32 and available() is None:
         return run(x, *operands)
@@ -254,6 +231,11 @@ def _mapped(info: Any, places: tuple[int | None, ...], *operands: Any) -> tuple[
         return result
 
     return torch.stack([entry(k) for k in range(info.batch_size)]), 0
+
+
+operator = Operator(
+    _NAME, _SCHEMA, {"CPU": _on_processor, "CUDA": _on_gpu}, reference, _fake, _backward, _setup, _mapped
+)
 
 
 FORMS: tuple[tuple[str, str, str, Any], ...] = (

@@ -8,7 +8,6 @@ product and one for each output, which overlap; see :mod:`.few_rows`. Elsewhere 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn import functional
 from tdc.ir import Block, Decline
 
 from ..base import Match
+from ..operator import Operator
 from .device import available, runs_here
 from .two_products import DTYPES, KERNELS, LIMITS, few, settled
 
@@ -26,8 +26,6 @@ __all__ = ["fits", "operator", "reference", "run"]
 
 _NAME = "joint_products"
 _SCHEMA = f"{_NAME}(Tensor x, Tensor first, Tensor[] seconds, Tensor[] biases) -> Tensor[]"
-_registered: list[torch.library.Library] = []
-_LOCK = threading.Lock()
 
 
 def fits(blocks: Sequence[Block]) -> tuple[Match, ...] | Decline:
@@ -68,25 +66,6 @@ def _pairs(seconds: Sequence[Tensor], biases: Sequence[Tensor]) -> list[tuple[Te
     return [(w, biases[k] if biases else None) for k, w in enumerate(seconds)]
 
 
-def operator() -> Any:
-    """``torch.ops.tdc.joint_products``, registered at the first call."""
-    with _LOCK:
-        if not _registered:
-            _registered.append(_register())
-    return torch.ops.tdc.joint_products.default
-
-
-def _register() -> torch.library.Library:
-    made = torch.library.Library("tdc", "FRAGMENT")
-    made.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    made.impl(_NAME, _on_gpu, "CUDA")
-    made.impl(_NAME, reference, "CompositeExplicitAutograd")
-    name = f"tdc::{_NAME}"
-    torch.library.register_fake(name, _fake, lib=made)
-    torch.library.register_autograd(name, _backward, setup_context=_setup, lib=made)
-    return made
-
-
 def _on_gpu(x: Tensor, *operands: Any) -> list[Tensor]:
     return (run if x.dtype in DTYPES and available() is None else reference)(x, *operands)
 
@@ -122,3 +101,6 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     of_seconds = [grad.T @ inner for grad in rows]
     of_biases = [grad.sum(0) for grad in rows] if ctx.biases else []
     return (inner_grad @ first).reshape(x.shape), inner_grad.T @ flat, of_seconds, of_biases
+
+
+operator = Operator(_NAME, _SCHEMA, {"CUDA": _on_gpu}, reference, _fake, _backward, _setup)

@@ -10,7 +10,6 @@ to the type of x, as torch. Without dilation and groups; what is padded is padde
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from tdc.ir import Decline
 
 from ..base import Windows
 from ..c import convolutions as chain
+from ..operator import Operator
 from .device import available, runs_here
 
 __all__ = ["KERNEL", "METHODS", "method", "operator", "reference", "run"]
@@ -37,8 +37,6 @@ _SCHEMA = (
     f"{_NAME}(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias=None, "
     "int[2] stride=1, int[2] padding=0) -> Tensor"
 )
-_registered: list[torch.library.Library] = []
-_LOCK = threading.Lock()
 
 
 def method(x: Tensor, core: Tensor, positions: int, columns: int) -> str:
@@ -112,25 +110,6 @@ def reference(
     return functional.conv2d(inner, last[:, :, None, None], bias)
 
 
-def operator() -> Any:
-    """``torch.ops.tdc.three_convolutions``, registered at the first call."""
-    with _LOCK:
-        if not _registered:
-            _registered.append(_register())
-    return torch.ops.tdc.three_convolutions.default
-
-
-def _register() -> torch.library.Library:
-    made = torch.library.Library("tdc", "FRAGMENT")
-    made.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    made.impl(_NAME, _on_gpu, "CUDA")
-    made.impl(_NAME, reference, "CompositeExplicitAutograd")
-    name = f"tdc::{_NAME}"
-    torch.library.register_fake(name, _fake, lib=made)
-    torch.library.register_autograd(name, _backward, setup_context=_setup, lib=made)
-    return made
-
-
 def _on_gpu(x: Tensor, *operands: Any) -> Tensor:
     """Channels of the result last exactly where stock operators would put them so."""
     last = x.is_contiguous(memory_format=torch.channels_last)
@@ -183,6 +162,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x, grad_first = back(grad_one, x, inner)
     bias_grad = grad.sum((0, 2, 3)) if ctx.biased else None
     return grad_x, grad_first[:, :, 0, 0], grad_core, grad_last[:, :, 0, 0], bias_grad, None, None
+
+
+operator = Operator(_NAME, _SCHEMA, {"CUDA": _on_gpu}, reference, _fake, _backward, _setup)
 
 
 def _takes(sizes: dict[str, int], windows: Windows) -> Decline | None:
