@@ -13,7 +13,7 @@ from torch import Tensor
 from tdc.frontends.program import Change
 from tdc.ir import Candidate, Metric, Site
 from tdc.statistics import SiteStatistics, divergence, logits_among, shrunk
-from tdc.statistics.patches import input_rows
+from tdc.statistics.patches import input_rows, output_rows
 
 from .base import Unit
 from .propose_layouts import metric_name
@@ -87,6 +87,10 @@ class Anchored:
     at its importance. The ridge, 1 % of the mean of the
     diagonal, draws B to W. Where a site has a bias it takes up the means, ``b + W E[x] - W_hat E[z]``. Where x and z
     are the same, up to rounding, B is W.
+
+    Where the output is added to something, s in the dense model and t in the other (a residual connection), the sum is
+    what the layers behind it read: then ``E ||(W x + s) - (W_hat z + t)||^2`` is least, with ``E[(s - t) z^T]`` added
+    to ``W E[(x - z) z^T]``, and ``E[s - t]`` to what the bias takes up.
     """
 
     unit: Unit
@@ -103,15 +107,19 @@ class Anchored:
     """The weights that the factors rebuild, and what the biases take up."""
     _last: tuple[list[tuple[int, int]], tuple[Tensor, ...], _Pair] | None = None
 
-    def __call__(self, site: Site, activations: Sequence[Tensor]) -> Change | None:
+    def __call__(
+        self, site: Site, activations: Sequence[Tensor], beside: Sequence[Tensor | None] = ()
+    ) -> Change | None:
         choice = self.planned.get(site.order)
         if choice is not None and site.order not in self.changes and site.order not in self.overflown:
             joint = choice.joint
-            beside = [c for c in self.planned.values() if joint and c.joint and c.joint.group == joint.group]
-            self._fit(sorted(beside, key=lambda c: c.site.order) or [choice], activations)
+            group = [c for c in self.planned.values() if joint and c.joint and c.joint.group == joint.group]
+            self._fit(sorted(group, key=lambda c: c.site.order) or [choice], activations, beside)
         return self.changes.get(site.order)
 
-    def _fit(self, choices: Sequence[Candidate], activations: Sequence[Tensor]) -> None:
+    def _fit(
+        self, choices: Sequence[Candidate], activations: Sequence[Tensor], beside: Sequence[Tensor | None]
+    ) -> None:
         """One site, or those of a joint group, which read the same activations."""
         sites = [choice.site for choice in choices]
         weights = [self.unit.program.weight(site) for site in sites]
@@ -120,6 +128,8 @@ class Anchored:
         anchor = None
         if activations and self.changes and all(_can_anchor(self.known.get(site.order), site) for site in sites):
             moments = self._moments(sites[0], activations)
+            if len(sites) == 1:
+                moments = moments.beside(sites[0], activations, beside, self._importance(sites[0], activations))
             anchor = moments if moments.moved else None
         if anchor is not None:
             pairs = [anchor.target(double, metric) for double, metric in zip(doubles, metrics, strict=True)]
@@ -141,16 +151,20 @@ class Anchored:
         """Worked out once for linear sites that read the same activations one after the other."""
         state = [(id(a), a._version) for a in activations]
         if site.kind.is_conv or self._last is None or self._last[0] != state:
-            by_batch = self.unit.importance if metric_name(self.unit) == "fisher" else ()
-            importance = [weights.get(site.order) for weights in by_batch[: len(activations) // 2]]
-            self._last = (state, tuple(activations), _Pair.of(site, activations, importance))
+            pair = _Pair.of(site, activations, self._importance(site, activations))
+            self._last = (state, tuple(activations), pair)
         return self._last[2]
+
+    def _importance(self, site: Site, activations: Sequence[Tensor]) -> list[Tensor | None]:
+        by_batch = self.unit.importance if metric_name(self.unit) == "fisher" else ()
+        return [weights.get(site.order) for weights in by_batch[: len(activations) // 2]]
 
 
 def _shift(weight: Tensor, rebuilt: Tensor, moments: _Pair | None, mean: Tensor) -> Tensor:
     """``W E[x] - W_hat E[z]``."""
-    before, after = (mean, mean) if moments is None else (moments.mean_x, moments.mean_z)
-    return _response(weight, before) - _response(rebuilt, after)
+    if moments is None:
+        return _response(weight, mean) - _response(rebuilt, mean)
+    return _response(weight, moments.mean_x) - _response(rebuilt, moments.mean_z) + moments.mean_sum.flatten()
 
 
 def _response(weight: Tensor, mean: Tensor) -> Tensor:
@@ -162,7 +176,8 @@ def _response(weight: Tensor, mean: Tensor) -> Tensor:
 @dataclass(frozen=True, eq=False)
 class _Pair:
     """``E[(x - z) z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows (of equal
-    importance that tell as much).
+    importance that tell as much). ``sum_drift`` and ``mean_sum``: ``E[(s - t) z^T]`` (g, o, n) and ``E[s - t]`` (g, o)
+    of what the outputs are added to, 0 where that is nothing.
     """
 
     drift: Tensor
@@ -171,7 +186,9 @@ class _Pair:
     mean_z: Tensor
     rows: int
     moved: bool
-    """Whether x and z differ by more than rounding."""
+    """Whether x and z, or s and t, differ by more than rounding."""
+    sum_drift: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, dtype=torch.float64))
+    mean_sum: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.float64))
 
     @classmethod
     def of(cls, site: Site, activations: Sequence[Tensor], importance: Sequence[Tensor | None] = ()) -> _Pair:
@@ -202,10 +219,49 @@ class _Pair:
         rows = round(mass**2 / square) if square > 0 else 0
         return cls(drift / max(mass, 1e-30), own / max(mass, 1e-30), mean_x, mean_z, rows, moved)
 
+    def beside(
+        self,
+        site: Site,
+        activations: Sequence[Tensor],
+        sums: Sequence[Tensor | None],
+        importance: Sequence[Tensor | None],
+    ) -> _Pair:
+        """The same with the moments of what the outputs are added to, in all dense runs and then all changing ones."""
+        groups, outputs, width = site.matrix
+        drift = torch.zeros(groups, outputs, width, dtype=torch.float64)
+        total, half = torch.zeros(groups, outputs, dtype=torch.float64), len(activations) // 2
+        mass, apart, size, exact = 0.0, 0.0, 0.0, torch.float32
+        for seed, (z, s, t, weights) in enumerate(
+            zip_longest(activations[half:], sums[:half], sums[half:], importance[:half])
+        ):
+            if s is None or t is None or s.shape != t.shape or (site.kind.is_conv and s.ndim != z.ndim):
+                return self
+            before, after = output_rows(site, s), output_rows(site, t)
+            for new, places in input_rows(site, z, seed):
+                if len(before) <= int(places[-1]):  # it is broadcast when it is added
+                    return self
+                exact = new.dtype if new.dtype == torch.float64 else torch.float32
+                b = new.to(exact).movedim(1, 0)
+                dense, moved = (rows[places].to(exact).movedim(1, 0) for rows in (before, after))
+                good = torch.isfinite(b).all(2).all(0) & torch.isfinite(dense).all(2).all(0)
+                good &= torch.isfinite(moved).all(2).all(0)
+                each = (torch.ones(len(places)) if weights is None else weights[places]).to(b)
+                b, dense, moved, each = b[:, good], dense[:, good], moved[:, good], each[good]
+                between = dense - moved
+                apart, size = apart + float(between.square().sum()), size + float(dense.square().sum())
+                scaled = between * each[:, None]
+                drift += (scaled.mT @ b).cpu()
+                total += scaled.sum(1, dtype=torch.float64).cpu()
+                mass += float(each.sum())
+        if apart <= (_ROUNDING * torch.finfo(exact).eps) ** 2 * size:
+            return self
+        return replace(self, moved=True, sum_drift=drift / max(mass, 1e-30), mean_sum=total / max(mass, 1e-30))
+
     def target(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         """The weight B to fit, and the metric to fit it in."""
-        drift, own = self.drift, self.own
+        drift, own, sum_drift = self.drift, self.own, self.sum_drift
         if metric.mean is not None:
+            sum_drift = sum_drift - self.mean_sum[:, :, None] * self.mean_z[:, None]
             drift = drift - (self.mean_x - self.mean_z)[:, :, None] * self.mean_z[:, None]
             own = own - self.mean_z[:, :, None] * self.mean_z[:, None]
             own.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
@@ -213,7 +269,7 @@ class _Pair:
         mean = own.diagonal(dim1=-2, dim2=-1).mean(-1)
         damped = stable + torch.diag_embed((_RIDGE * mean + (mean == 0))[:, None].expand(-1, own.shape[-1]))
         dense = weight.reshape(len(own), -1, own.shape[-1])
-        change = torch.linalg.solve(damped, (dense @ drift).mT).mT
+        change = torch.linalg.solve(damped, (dense @ drift + sum_drift).mT).mT
         second = stable if metric.second_moment is None else stable.reshape(metric.second_moment.shape)
         mean_z = None if metric.mean is None else self.mean_z.reshape(metric.mean.shape)
         return (dense + change).reshape(weight.shape), replace(metric, second_moment=second, mean=mean_z)

@@ -17,6 +17,7 @@ from ..ir import Rebuild
 __all__ = [
     "BATCH_NORMS",
     "CONVOLUTIONS",
+    "added_to",
     "built",
     "channel_axis",
     "floating_outputs",
@@ -100,6 +101,21 @@ def pointwise_reader(use: fx.Node, source: fx.Node) -> fx.Node | None:
     if len(readers) != 1 or any(not _is_scalar(other) for other in others):
         return None
     return readers.pop()
+
+
+def added_to(output: fx.Node) -> fx.Node | None:
+    """What the output of an operator is added to, where that is all that is done with it (a residual connection)."""
+    node = output
+    while len(node.users) == 1:
+        (user,) = node.users
+        if operator(user) in ("add", "add_"):
+            others = [a for a in user.args if a is not node]
+            plain = len(user.args) == 2 and not user.kwargs and len(others) == 1
+            return others[0] if plain and isinstance(others[0], fx.Node) else None
+        if operator(user) not in _HAND_ON | _RESHAPES:
+            return None
+        node = user
+    return None
 
 
 def gain_before(use: fx.Node, vectors: Mapping[fx.Node, str]) -> str | None:

@@ -14,10 +14,11 @@ from .program import Change
 
 __all__ = ["Meet", "Visit", "in_step"]
 
-Meet = Callable[[Site, Tensor], Change | None]
-"""Called in a run with a site and the activation that enters it; returns when all runs are there."""
-Visit = Callable[[Site, Sequence[Tensor]], Change | None]
-"""Called with a site and the activations of all runs, in their order; what it returns goes to all of them."""
+Meet = Callable[[Site, Tensor, Tensor | None], Change | None]
+"""Called in a run with a site, the activation that enters it, and the tensor that its output will be added to, where
+that is known already (a residual connection); returns when all runs are there."""
+Visit = Callable[[Site, Sequence[Tensor], Sequence[Tensor | None]], Change | None]
+"""Called with a site and those of all runs, in their order; what it returns goes to all of them."""
 
 
 class _StoppedError(BaseException):
@@ -29,7 +30,7 @@ class _Run:
     """One run on a thread of its own, that goes on only while the main thread waits for it."""
 
     work: Callable[[Meet], Any]
-    at: tuple[Site, Tensor] | None = None
+    at: tuple[Site, Tensor, Tensor | None] | None = None
     done: bool = False
     failed: BaseException | None = None
     _answer: Change | None = None
@@ -63,8 +64,8 @@ class _Run:
         self.done, self.at = True, None
         self._parked.release()
 
-    def _meet(self, site: Site, activation: Tensor) -> Change | None:
-        self.at = (site, activation)
+    def _meet(self, site: Site, activation: Tensor, beside: Tensor | None) -> Change | None:
+        self.at = (site, activation, beside)
         self._parked.release()
         self._go.acquire()
         if self._stop:
@@ -88,9 +89,9 @@ def in_step(works: Sequence[Callable[[Meet], Any]], visit: Visit) -> str:
             if failed is not None:
                 raise failed
             places = [run.at for run in runs if run.at is not None]
-            if len(places) < len(runs) or len({site.order for site, _ in places}) > 1:
+            if len(places) < len(runs) or len({site.order for site, *_ in places}) > 1:
                 return "the batches do not reach the sites in one order"
-            answer = visit(places[0][0], [activation for _, activation in places])
+            answer = visit(places[0][0], [activation for _, activation, _ in places], [beside for *_, beside in places])
             del places
             for run in runs:
                 run.step(answer)

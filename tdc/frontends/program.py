@@ -126,10 +126,12 @@ class Program(Protocol):
     def lockstep(self, batches: Sequence[Any], sites: Iterable[Site], visit: Any) -> str:
         """Run every batch twice side by side, with the dense model and with one that changes on the way.
 
-        ``visit(site, activations)`` is called at each site with those of all dense runs and then those of all changing
-        ones; the change that it returns holds in the latter from this use on (None: the site as it is). Of the
-        activations, those of convolutions are before the padding that the windows state. Returns why it cannot be done,
-        or was given up; '' where it was done. See :mod:`.lockstep`.
+        ``visit(site, activations, beside)`` is called at each site with those of all dense runs and then those of all
+        changing ones; the change that it returns holds in the latter from this use on (None: the site as it is). Of the
+        activations, those of convolutions are before the padding that the windows state. ``beside``: the tensors that
+        the outputs of the site will be added to, and that alone is done with them (residual connections), None where
+        there is none, or it is not known yet. Returns why it cannot be done, or was given up; '' where it was done. See
+        :mod:`.lockstep`.
         """
 
     def outputs(self, batch: Any, changes: Mapping[int, Change]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ir import Site
-from .patches import input_rows, window_lengths
+from .patches import input_rows, output_rows, window_lengths
 
 __all__ = ["WIDEST", "Collector", "Gradients", "Moments"]
 
@@ -257,13 +257,7 @@ class Gradients:
     def tap(self, site: Site, gradient: Tensor) -> None:
         """Take in one use's gradient: (..., o), or (examples, channels, window axes...)."""
         groups, outputs, _ = site.matrix
-        gradient = gradient.detach()
-        if site.kind.is_conv:
-            windows = len(site.windows)
-            batched = gradient if gradient.ndim == windows + 2 else gradient[None]
-            rows = batched.flatten(2).mT.reshape(-1, groups, outputs)
-        else:
-            rows = gradient.reshape(-1, 1, outputs)
+        rows = output_rows(site, gradient.detach())
         norm = rows.flatten(1).norm(dim=1)
         self.norms.setdefault(site.order, []).append(norm.square().double().cpu())
         if outputs > WIDEST:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..ir import Site, Window
 
-__all__ = ["input_rows", "window_lengths"]
+__all__ = ["input_rows", "output_rows", "window_lengths"]
 
 _CHUNK = 1 << 24
 """Numbers in the patches that are gathered at a time: 64 MB of float32."""
@@ -35,6 +35,15 @@ def input_rows(site: Site, activation: Tensor, seed: int) -> Iterator[tuple[Tens
     step = max(1, _CHUNK // max(1, groups * width))
     for part, chosen in zip(starts.split(step), places.split(step), strict=True):
         yield _patches(padded, part, site.windows).reshape(len(part), groups, width), chosen
+
+
+def output_rows(site: Site, outputs: Tensor) -> Tensor:
+    """Outputs of the site, or their gradients, as rows (rows, g, o), one for each of its inputs in order."""
+    groups, width, _ = site.matrix
+    if not site.kind.is_conv:
+        return outputs.reshape(-1, 1, width)
+    batched = outputs if outputs.ndim == len(site.windows) + 2 else outputs[None]
+    return batched.flatten(2).mT.reshape(-1, groups, width)
 
 
 def window_lengths(site: Site, activation: Tensor) -> tuple[tuple[str, int, int], ...]:

@@ -118,9 +118,11 @@ class Bound:
         changes: Mapping[fx.Node, Override] | None = None,
         marks: Mapping[fx.Node, Override] | None = None,
         after: Callable[[Any], Any] = lambda output: output,
+        beside: Mapping[fx.Node, fx.Node] | None = None,
     ) -> Any:
         """What ``after`` makes of the output of the graph. ``taps``: called with the arguments of a node before the
-        node runs. ``marks``: take what a node gives, and give what it shall give; with them gradients are recorded.
+        node runs. ``changes``: called with them too, and with the value of another node behind them for those of
+        ``beside``. ``marks``: take what a node gives, and give what it shall give; with them gradients are recorded.
 
         Raises CalibrationError if the graph cannot run.
         """
@@ -129,7 +131,7 @@ class Bound:
             given, fewer = self._fitting(given)
             arguments = [self._argument(node, given) for node in self.captured.placeholders]
             own = {node: self._copy_of(node) for node in self.captured.written if node.op == "get_attr"}
-            runner = _Runner(self.captured.module, taps or {}, {**own, **(changes or {})}, marks or {})
+            runner = _Runner(self.captured.module, taps or {}, {**own, **(changes or {})}, marks or {}, beside or {})
             with undisturbed(gradients=marks is not None), self.captured.context():
                 return after(fewer(runner.run(*arguments, enable_io_processing=False)))
         except Exception as error:
@@ -195,9 +197,10 @@ class _Runner(fx.Interpreter):
         taps: Mapping[fx.Node, Sequence[Watch]],
         changes: Mapping[fx.Node, Override],
         marks: Mapping[fx.Node, Override],
+        beside: Mapping[fx.Node, fx.Node],
     ) -> None:
         super().__init__(module)
-        self.taps, self.changes, self.marks = taps, changes, marks
+        self.taps, self.changes, self.marks, self.beside = taps, changes, marks, beside
 
     def run_node(self, n: fx.Node) -> Any:
         result = self._result(n)
@@ -210,7 +213,7 @@ class _Runner(fx.Interpreter):
         for watch in self.taps.get(n, ()):
             watch(args)
         if n in self.changes:
-            result = self.changes[n](args)
+            result = self.changes[n]((*args, self.env[self.beside[n]]) if n in self.beside else args)
             return super().run_node(n) if result is NotImplemented else result
         return super().run_node(n)
 

@@ -12,12 +12,13 @@ from torch import Tensor, fx
 from ...errors import CalibrationError, ModelError
 from ...ir import Block, Cost, Remark, Site, window_attributes
 from ..clock import seconds_of
-from ..graph import fold_norm, gain_before, memory_format, run_backward
+from ..graph import added_to, fold_norm, gain_before, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Replacement, Tap, sketch
 from .captured import Bound, Override, Values, alongside, passes_on, undisturbed
 from .cost import graph_cost
 from .match import Use, Weight, canonical, match, plain, storage_key
+from .override import marked, with_weight
 from .rewrite import Cut, Rewritten, reader_of, rewrite, sources
 from .timing import Stopwatch, met_in
 
@@ -180,7 +181,7 @@ class FxProgram:
             weight = self._in(place, site.order)
             if weight is not None:
                 behind = [use.node for use in weight.uses] if weight.norm is None else [weight.norm.node]
-                marks |= {node: _marked(site, tap) for node in behind}
+                marks |= {node: marked(site, tap) for node in behind}
         self.pause()
         bound = self.bounds[place]
         try:
@@ -195,8 +196,9 @@ class FxProgram:
             place, values = batch
 
             def run(meet: Meet) -> None:
+                changes, beside = self._meetings(place, wanted, meet, changing)
                 with alongside():  # all runs are inside one that leaves the process as it was
-                    self.bounds[place].run(values, changes=self._meetings(place, wanted, meet, changing))
+                    self.bounds[place].run(values, changes=changes, beside=beside)
 
             return run
 
@@ -204,20 +206,28 @@ class FxProgram:
         with undisturbed():
             return in_step([work(batch, changing) for changing in (False, True) for batch in batches], visit)
 
-    def _meetings(self, place: int, sites: Iterable[Site], meet: Meet, changing: bool) -> dict[fx.Node, Override]:
-        """Nodes that wait for the other runs, and then run with the weight that the site has got."""
+    def _meetings(
+        self, place: int, sites: Iterable[Site], meet: Meet, changing: bool
+    ) -> tuple[dict[fx.Node, Override], dict[fx.Node, fx.Node]]:
+        """Nodes that wait for the other runs, and then run with the weight that the site has got; and what their output
+        is added to.
+        """
         instead: dict[fx.Node, Override] = {}
+        beside: dict[fx.Node, fx.Node] = {}
         changed: set[int] = set()
 
-        def enter(site: Site, use: Use) -> Override:
+        def enter(site: Site, use: Use, output: fx.Node) -> Override:
             spot = use.node.args.index(use.activation)
+            sum_with = use.rest or added_to(output)
+            if sum_with is not None and sum_with < use.node:
+                beside[use.node] = sum_with
 
             def run(args: tuple[Any, ...]) -> Any:
-                change = meet(site, args[spot])
+                change = meet(site, args[spot], args[-1] if use.node in beside else None)
                 if not changing or change is None:
                     return NotImplemented
                 changed.add(site.order)
-                return _with_weight(use, change.weight, self._shifted(site.order, change.shift))(args)
+                return with_weight(use, change.weight, self._shifted(site.order, change.shift))(args)
 
             return run
 
@@ -225,13 +235,14 @@ class FxProgram:
             weight, order = self._in(place, site.order), site.order
             if weight is None or (weight.norm is None) != (self._by_order[order].norm is None):
                 continue
-            instead |= {use.node: enter(site, use) for use in weight.uses}
+            for use in weight.uses:
+                instead[use.node] = enter(site, use, use.node if weight.norm is None else weight.norm.output)
             if weight.norm is not None:
                 handed = passes_on(weight.norm.node)
                 instead[weight.norm.node] = lambda args, order=order, handed=handed: (  # type: ignore[misc]
                     handed(args) if order in changed else NotImplemented
                 )
-        return instead
+        return instead, beside
 
     def outputs(self, batch: Batch, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         place, values = batch
@@ -241,7 +252,7 @@ class FxProgram:
             if weight is None or (weight.norm is None) != (own.norm is None):
                 raise CalibrationError(f"a batch went through a graph that reads {self.names(own)[0]} in another way")
             bias = self._shifted(order, change.shift)
-            instead |= {use.node: _with_weight(use, change.weight, bias) for use in weight.uses}
+            instead |= {use.node: with_weight(use, change.weight, bias) for use in weight.uses}
             if weight.norm is not None:
                 instead[weight.norm.node] = passes_on(weight.norm.node)
         self.pause()
@@ -351,40 +362,6 @@ def _hint(size: Any) -> int:
 def _takes_any_order(use: Use) -> bool:
     """Whether everything that is added to the outputs can be put in another order."""
     return use.rest is None and (use.bias is None or use.root_bias is not None)
-
-
-def _marked(site: Site, tap: Tap) -> Override:
-    """Hands the gradient of what a node gives to ``tap``; of normalisations that give three values, of the first."""
-
-    def mark(result: Any) -> Any:
-        first = result[0] if isinstance(result, (tuple, list)) else result
-        marked = first if first.requires_grad else first + first.new_zeros((), requires_grad=True)
-        marked.register_hook(lambda gradient: tap(site, gradient))
-        return (marked, *result[1:]) if isinstance(result, (tuple, list)) else marked
-
-    return mark
-
-
-def _with_weight(use: Use, weight: Tensor, bias: Tensor | None) -> Override:
-    """The operator with another weight, in canonical axes, and bias."""
-    form = use.form
-    convolve = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
-    spots = [use.node.args.index(a) if a is not None else None for a in (use.activation, use.bias, use.rest)]
-
-    def run(args: tuple[Any, ...]) -> Tensor:
-        values: list[Any] = [None if spot is None else args[spot] for spot in spots]
-        activation, own, rest = values
-        given = weight.to(activation.device, use.dtype or weight.dtype)
-        added = own if bias is None else bias.to(given)
-        if not form.kind.is_conv:
-            result = torch.nn.functional.linear(activation, given, added)
-            return result if rest is None else rest + result
-        pads = [size for w in reversed(form.windows) for size in (w.before, w.after)]
-        strides, dilations = [w.stride for w in form.windows], [w.dilation for w in form.windows]
-        activation = torch.nn.functional.pad(activation, pads) if any(pads) else activation
-        return convolve[len(strides) - 1](activation, given, added, strides, 0, dilations, form.groups)
-
-    return run
 
 
 def _stored(factor: Tensor, like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
 from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
+from .residual import Connections, Kept
 from .running import evaluation, holding, hooks, pre_hooks, standing_in, untrained
 from .sharing import Sharing
 from .timing import Stopwatch
@@ -202,11 +203,16 @@ class NnProgram:
     def lockstep(self, batches: Sequence[Call], sites: Iterable[Site], visit: Visit) -> str:
         of_module = {m: site for site in sites for m in self._by_order[site.order].modules.values()}
         norms = {n.module: order for order, n in self._norms.items() if order in {s.order for s in of_module.values()}}
+        connections = self._connections(batches[0], {m: site.order for m, site in of_module.items()}, norms)
         own = threading.local()
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with own.kept.apart():
+                meet(module, args[0] if args else kwargs["input"])
+
+        def meet(module: nn.Module, given: Tensor) -> None:
             site = of_module[module]
-            change = own.meet(site, padded(module, args[0] if args else kwargs["input"]))
+            change = own.meet(site, padded(module, given), own.kept.beside(site.order))
             if own.changing and change is not None:
                 own.changed.add(site.order)
                 own.held = [(name, module._parameters.get(name)) for name in ("weight", "bias")]
@@ -222,8 +228,8 @@ class NnProgram:
 
         def work(batch: Call, changing: bool) -> Callable[[Meet], Any]:
             def run(meet: Meet) -> None:
-                own.meet, own.changing, own.changed = meet, changing, set()
-                with torch.inference_mode(False):
+                own.meet, own.changing, own.changed, own.kept = meet, changing, set(), Kept(connections)
+                with torch.inference_mode(False), own.kept:
                     self._run(batch)
 
             return run
@@ -236,6 +242,24 @@ class NnProgram:
             hooks(norms, skip),
         ):
             return in_step(works, visit)
+
+    def _connections(
+        self, batch: Call, sites: Mapping[nn.Module, int], norms: Mapping[nn.Module, int]
+    ) -> dict[int, tuple[int, str]]:
+        """See :class:`.residual.Connections`; the output of a site is that of the normalisation folded into it."""
+        behind = {order: module for module, order in norms.items()}
+        ends = {behind.get(order, module): order for module, order in sites.items()}
+        watched = Connections()
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            watched.enter(sites[module])
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            watched.leave(ends[module], output)
+
+        with evaluation(self.model), pre_hooks(sites, enter), hooks(ends, leave), watched:
+            self._run(batch)
+        return watched.found
 
     def outputs(self, batch: Call, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         parameters: list[tuple[nn.Module, str, Tensor]] = []

@@ -79,7 +79,7 @@ def test_a_changing_run_sees_the_change_and_a_dense_one_does_not() -> None:
     sites, (batch,) = program.sites()[0], program.batches([(x,)])
     seen: list[tuple[int, Tensor, Tensor]] = []
 
-    def visit(site: Site, activations: Any) -> Change | None:
+    def visit(site: Site, activations: Any, beside: Any) -> Change | None:
         seen.append((site.order, *(a.clone() for a in activations)))
         return Change(torch.zeros(5, 6), torch.ones(5)) if site.order == 0 else None
 
@@ -171,27 +171,27 @@ def test_runs_in_different_orders_are_given_up_and_leave_no_thread() -> None:
     import threading
 
     def work(orders: list[int]) -> Any:
-        return lambda meet: [meet(site(order), torch.zeros(1, 2)) for order in orders]
+        return lambda meet: [meet(site(order), torch.zeros(1, 2), None) for order in orders]
 
     before = threading.active_count()
     visited: list[int] = []
-    reason = in_step([work([0, 1]), work([0, 2])], lambda s, _: visited.append(s.order))
+    reason = in_step([work([0, 1]), work([0, 2])], lambda s, *_: visited.append(s.order))
     assert "one order" in reason
     assert visited == [0]
-    assert "one order" in in_step([work([0, 1]), work([0])], lambda s, _: None)
-    assert in_step([work([0, 1]), work([0, 1])], lambda s, _: None) == ""
+    assert "one order" in in_step([work([0, 1]), work([0])], lambda s, *_: None)
+    assert in_step([work([0, 1]), work([0, 1])], lambda s, *_: None) == ""
     assert threading.active_count() == before
 
 
 def test_a_failing_run_raises_what_it_raised() -> None:
     def work(meet: Meet) -> None:
-        meet(site(0), torch.zeros(1, 2))
+        meet(site(0), torch.zeros(1, 2), None)
         raise KeyError("broken")
 
     with pytest.raises(KeyError, match="broken"):
-        in_step([work, work], lambda s, _: None)
+        in_step([work, work], lambda s, *_: None)
     with pytest.raises(ZeroDivisionError):
-        in_step([work, work], lambda s, _: 1 / 0)  # type: ignore[arg-type, return-value]
+        in_step([work, work], lambda s, *_: 1 / 0)  # type: ignore[arg-type, return-value]
 
 
 def test_a_model_whose_runs_take_other_ways_is_fitted_without_and_says_so() -> None:
