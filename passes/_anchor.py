@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from itertools import repeat, zip_longest
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from tdc.frontends.program import Change
 from tdc.ir import Candidate, Metric, Site
 from tdc.statistics import SiteStatistics, divergence, logits_among, shrunk
-from tdc.statistics.patches import input_rows, output_rows
+from tdc.statistics.patches import input_rows, output_rows, window_lengths
 
 from .base import Unit
 from .propose_layouts import metric_name
@@ -127,9 +127,7 @@ class Anchored:
         metrics = [self.metric(site, double) for site, double in zip(sites, doubles, strict=True)]
         anchor = None
         if activations and self.changes and all(_can_anchor(self.known.get(site.order), site) for site in sites):
-            moments = self._moments(sites[0], activations)
-            if len(sites) == 1:
-                moments = moments.beside(sites[0], activations, beside, self._importance(sites[0], activations))
+            moments = self._moments(sites[0], activations, beside if len(sites) == 1 else ())
             anchor = moments if moments.moved else None
         if anchor is not None:
             pairs = [anchor.target(double, metric) for double, metric in zip(doubles, metrics, strict=True)]
@@ -147,17 +145,16 @@ class Anchored:
                 self.shifts[site.order] = shift
             self.changes[site.order] = Change(rebuilt.to(weight.dtype), shift)
 
-    def _moments(self, site: Site, activations: Sequence[Tensor]) -> _Pair:
+    def _moments(self, site: Site, activations: Sequence[Tensor], beside: Sequence[Tensor | None]) -> _Pair:
         """Worked out once for linear sites that read the same activations one after the other."""
-        state = [(id(a), a._version) for a in activations]
-        if site.kind.is_conv or self._last is None or self._last[0] != state:
-            pair = _Pair.of(site, activations, self._importance(site, activations))
-            self._last = (state, tuple(activations), pair)
-        return self._last[2]
-
-    def _importance(self, site: Site, activations: Sequence[Tensor]) -> list[Tensor | None]:
         by_batch = self.unit.importance if metric_name(self.unit) == "fisher" else ()
-        return [weights.get(site.order) for weights in by_batch[: len(activations) // 2]]
+        importance = [weights.get(site.order) for weights in by_batch[: len(activations) // 2]]
+        if site.kind.is_conv or any(tensor is not None for tensor in beside):
+            return _Pair.of(site, activations, importance, beside)
+        state = [(id(a), a._version) for a in activations]
+        if self._last is None or self._last[0] != state:
+            self._last = (state, tuple(activations), _Pair.of(site, activations, importance))
+        return self._last[2]
 
 
 def _shift(weight: Tensor, rebuilt: Tensor, moments: _Pair | None, mean: Tensor) -> Tensor:
@@ -173,6 +170,36 @@ def _response(weight: Tensor, mean: Tensor) -> Tensor:
     return (weight.reshape(len(columns), -1, columns.shape[1]) @ columns).flatten()
 
 
+def _is_row_by_row(site: Site, activation: Tensor, beside: Tensor | None) -> bool:
+    """Whether there is a tensor of the size of the site's outputs."""
+    groups, outputs, width = site.matrix
+    if beside is None or not site.kind.is_conv:
+        return beside is not None and beside.numel() * width == activation.numel() * outputs
+    axes = len(site.windows)
+    sizes = (groups * outputs, *(positions for *_, positions in window_lengths(site, activation)))
+    return tuple(beside.shape) == (*activation.shape[: activation.ndim - axes - 1], *sizes)
+
+
+@dataclass
+class _Gap:
+    """How far two kinds of rows are apart."""
+
+    apart: float = 0.0
+    size: float = 0.0
+    eps: float = 0.0
+
+    def between(self, first: Tensor, second: Tensor) -> Tensor:
+        gap = first - second
+        self.apart, self.size = self.apart + float(gap.square().sum()), self.size + float(first.square().sum())
+        self.eps = torch.finfo(first.dtype).eps
+        return gap
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it is more than rounding."""
+        return self.apart > (_ROUNDING * self.eps) ** 2 * self.size
+
+
 @dataclass(frozen=True, eq=False)
 class _Pair:
     """``E[(x - z) z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows (of equal
@@ -184,78 +211,56 @@ class _Pair:
     own: Tensor
     mean_x: Tensor
     mean_z: Tensor
+    sum_drift: Tensor
+    mean_sum: Tensor
     rows: int
     moved: bool
     """Whether x and z, or s and t, differ by more than rounding."""
-    sum_drift: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, dtype=torch.float64))
-    mean_sum: Tensor = field(default_factory=lambda: torch.zeros(1, 1, dtype=torch.float64))
 
     @classmethod
-    def of(cls, site: Site, activations: Sequence[Tensor], importance: Sequence[Tensor | None] = ()) -> _Pair:
-        """From the activations of all dense runs and then those of all changing ones; with the importance of the rows
-        of each pair, where it is known.
-        """
-        groups, _, width = site.matrix
-        drift, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
-        sums = torch.zeros(2, groups, width, dtype=torch.float64)
-        half, mass, square, apart, total, exact = len(activations) // 2, 0.0, 0.0, 0.0, 0.0, torch.float32
-        pairs = zip_longest(activations[:half], activations[half:], importance[:half])
-        for seed, (x, z, weights) in enumerate(pairs):
-            for (dense, places), (new, _) in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
-                exact = dense.dtype if dense.dtype == torch.float64 else torch.float32
-                a, b = dense.to(exact).movedim(1, 0), new.to(exact).movedim(1, 0)
-                good = torch.isfinite(a).all(2).all(0) & torch.isfinite(b).all(2).all(0)
-                each = (torch.ones(len(places)) if weights is None else weights[places]).to(a)
-                a, b, each = (a, b, each) if bool(good.all()) else (a[:, good], b[:, good], each[good])
-                between, scaled = a - b, b * each[:, None]
-                apart, total = apart + float(between.square().sum()), total + float(a.square().sum())
-                drift += (between.mT @ scaled).cpu()
-                own += (b.mT @ scaled).cpu()
-                both = torch.stack([a * each[:, None], scaled])
-                sums += both.sum(2, dtype=torch.float64).cpu()
-                mass, square = mass + float(each.sum()), square + float(each.double().square().sum())
-        mean_x, mean_z = sums / max(mass, 1e-30)
-        moved = apart > (_ROUNDING * torch.finfo(exact).eps) ** 2 * total
-        rows = round(mass**2 / square) if square > 0 else 0
-        return cls(drift / max(mass, 1e-30), own / max(mass, 1e-30), mean_x, mean_z, rows, moved)
-
-    def beside(
-        self,
+    def of(
+        cls,
         site: Site,
         activations: Sequence[Tensor],
-        sums: Sequence[Tensor | None],
-        importance: Sequence[Tensor | None],
+        importance: Sequence[Tensor | None] = (),
+        beside: Sequence[Tensor | None] = (),
     ) -> _Pair:
-        """The same with the moments of what the outputs are added to, in all dense runs and then all changing ones."""
+        """From the activations of all dense runs and then those of all changing ones, and what the outputs are added to
+        in these; with the importance of the rows of each pair, where it is known.
+        """
         groups, outputs, width = site.matrix
-        drift = torch.zeros(groups, outputs, width, dtype=torch.float64)
-        total, half = torch.zeros(groups, outputs, dtype=torch.float64), len(activations) // 2
-        mass, apart, size, exact = 0.0, 0.0, 0.0, torch.float32
-        for seed, (z, s, t, weights) in enumerate(
-            zip_longest(activations[half:], sums[:half], sums[half:], importance[:half])
-        ):
-            if s is None or t is None or s.shape != t.shape or (site.kind.is_conv and s.ndim != z.ndim):
-                return self
-            before, after = output_rows(site, s), output_rows(site, t)
-            for new, places in input_rows(site, z, seed):
-                if len(before) <= int(places[-1]):  # it is broadcast when it is added
-                    return self
-                exact = new.dtype if new.dtype == torch.float64 else torch.float32
-                b = new.to(exact).movedim(1, 0)
-                dense, moved = (rows[places].to(exact).movedim(1, 0) for rows in (before, after))
-                good = torch.isfinite(b).all(2).all(0) & torch.isfinite(dense).all(2).all(0)
-                good &= torch.isfinite(moved).all(2).all(0)
-                each = (torch.ones(len(places)) if weights is None else weights[places]).to(b)
-                b, dense, moved, each = b[:, good], dense[:, good], moved[:, good], each[good]
-                between = dense - moved
-                apart, size = apart + float(between.square().sum()), size + float(dense.square().sum())
-                scaled = between * each[:, None]
-                drift += (scaled.mT @ b).cpu()
-                total += scaled.sum(1, dtype=torch.float64).cpu()
-                mass += float(each.sum())
-        if apart <= (_ROUNDING * torch.finfo(exact).eps) ** 2 * size:
-            return self
-        return replace(self, moved=True, sum_drift=drift / max(mass, 1e-30), mean_sum=total / max(mass, 1e-30))
+        half = len(activations) // 2
+        drift, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
+        sum_drift = torch.zeros(groups, outputs, width, dtype=torch.float64)
+        sums, total = torch.zeros(2, groups, width, dtype=torch.float64), torch.zeros_like(sum_drift[:, :, 0])
+        if len(beside) != len(activations) or not all(map(_is_row_by_row, repeat(site), activations, beside)):
+            beside = ()
+        mass, square, inputs, added = 0.0, 0.0, _Gap(), _Gap()
+        runs = zip_longest(activations[:half], activations[half:], importance[:half], beside[:half], beside[half:])
+        for seed, (x, z, weights, s, t) in enumerate(runs):
+            apart = None if s is None or t is None else (output_rows(site, s), output_rows(site, t))
+            for (dense, places), (new, _) in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
+                exact = dense.dtype if dense.dtype == torch.float64 else torch.float32
+                pairs = [(dense, new)] if apart is None else [(dense, new), (apart[0][places], apart[1][places])]
+                rows = [v.to(exact).movedim(1, 0) for pair in pairs for v in pair]
+                good = torch.stack([torch.isfinite(v).all(2).all(0) for v in rows]).all(0)
+                each = (torch.ones(len(places)) if weights is None else weights[places]).to(rows[0])
+                if not bool(good.all()):
+                    rows, each = [v[:, good] for v in rows], each[good]
+                scaled = rows[1] * each[:, None]
+                drift += (inputs.between(rows[0], rows[1]).mT @ scaled).cpu()
+                own += (rows[1].mT @ scaled).cpu()
+                sums += torch.stack([rows[0] * each[:, None], scaled]).sum(2, dtype=torch.float64).cpu()
+                if apart is not None:
+                    between = added.between(rows[2], rows[3])
+                    sum_drift += (between.mT @ scaled).cpu()
+                    total += (between * each[:, None]).sum(1, dtype=torch.float64).cpu()
+                mass, square = mass + float(each.sum()), square + float(each.double().square().sum())
+        scale = max(mass, 1e-30)
+        rows_ = round(mass**2 / square) if square > 0 else 0
+        mean_x, mean_z = sums / scale
+        moved = inputs.is_real or added.is_real
+        return cls(drift / scale, own / scale, mean_x, mean_z, sum_drift / scale, total / scale, rows_, moved)
 
     def target(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         """The weight B to fit, and the metric to fit it in."""

@@ -123,7 +123,7 @@ def test_the_target_is_the_least_squares_solution_for_the_sum() -> None:
     t = s + 0.2 * (x @ torch.randn(8, 6, generator=generator)) + 0.5
     (place,) = NnProgram(nn.Sequential(layer), (x,)).sites()[0]
     weight = layer.weight.detach().double()
-    pair = _Pair.of(place, [x, z]).beside(place, [x, z], [s, t], [])
+    pair = _Pair.of(place, [x, z], beside=[s, t])
     target, _ = pair.target(weight, Metric("input", torch.eye(8, dtype=torch.float64), torch.zeros(8)))
     x, z, s, t = (v.double() for v in (x, z, s, t))
     wanted = x @ weight.T + s - t
@@ -137,12 +137,25 @@ def test_the_target_is_the_least_squares_solution_for_the_sum() -> None:
 def test_rows_that_are_not_those_of_the_outputs_are_left_alone() -> None:
     x, z = torch.randn(12, 4), torch.randn(12, 4)
     (place,) = NnProgram(nn.Sequential(nn.Linear(4, 3)), (x,)).sites()[0]
-    pair = _Pair.of(place, [x, z])
-    wrong = ([torch.randn(1, 3)] * 2, [None, None], [torch.randn(12, 3), None], [torch.randn(12, 3), torch.randn(6, 3)])
-    for sums in wrong:
-        assert pair.beside(place, [x, z], sums, []) is pair
-    same = torch.randn(12, 3)
-    assert pair.beside(place, [x, z], [same, same.clone()], []) is pair
+    wrong: list[list[Tensor | None]] = [
+        [torch.randn(1, 3), torch.randn(1, 3)],
+        [None, None],
+        [torch.randn(12, 3), None],
+    ]
+    for sums in [*wrong, [torch.randn(12, 3), torch.randn(6, 3)], []]:
+        assert not _Pair.of(place, [x, z], beside=sums).sum_drift.any()
+    (place,) = NnProgram(nn.Sequential(nn.Conv2d(2, 3, 3)), (torch.randn(2, 2, 5, 5),)).sites()[0]
+    x, z = (torch.randn(2, 2, 5, 5) for _ in range(2))
+    for shape, wanted in (((2, 3, 3, 3), True), ((2, 3, 1, 1), False), ((2, 27), False), ((1, 3, 3, 3), False)):
+        sums = [torch.randn(shape), torch.randn(shape)]
+        assert bool(_Pair.of(place, [x, z], beside=sums).sum_drift.any()) == wanted
+
+
+def test_what_moves_by_more_than_rounding_counts() -> None:
+    x, s = torch.randn(12, 4), torch.randn(12, 3)
+    (place,) = NnProgram(nn.Sequential(nn.Linear(4, 3)), (x,)).sites()[0]
+    assert not _Pair.of(place, [x, x.clone()], beside=[s, s * (1 + 1e-7)]).moved
+    assert _Pair.of(place, [x, x.clone()], beside=[s, s * 1.01]).moved
 
 
 @pytest.mark.parametrize("door", ["nn", "export"])
@@ -174,5 +187,6 @@ def test_a_deep_residual_model_changes_less_than_without(door: str, monkeypatch:
             return float((small(data[2000:]) - wanted).square().sum() / wanted.square().sum())
 
     with_sums = lost()
-    monkeypatch.setattr(_Pair, "beside", lambda self, *args: self)
+    of = _Pair.of
+    monkeypatch.setattr(_Pair, "of", lambda site, activations, importance, *_: of(site, activations, importance))
     assert with_sums < 0.95 * lost()
