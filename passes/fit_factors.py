@@ -57,7 +57,9 @@ def _anchored(unit: Unit, planned: Mapping[int, Candidate], advance: Callable[[]
     apart = held_out(anchors)
     visit = _visitor(unit, planned, known, advance)
     if anchors:
-        reason = unit.program.lockstep(anchors[: len(anchors) - apart], unit.sites, visit)
+        reason = unit.program.lockstep(
+            anchors[: len(anchors) - apart], [choice.site for choice in planned.values()], visit
+        )
         if reason:
             unit = unit.remarking(Remark("", FitFactors.name, f"not fitted to the cut model's own inputs: {reason}"))
     _visit_rest(unit, visit)

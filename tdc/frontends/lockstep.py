@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +73,13 @@ class _Run:
         return self._answer
 
 
-def in_step(works: Sequence[Callable[[Meet], Any]], visit: Visit) -> str:
-    """Run all works, each from site to site, and call ``visit`` whenever all have come to one.
+def in_step(works: Sequence[Callable[[Meet], Any]], sites: Iterable[Site], visit: Visit) -> str:
+    """Run all works, each from site to site, and call ``visit`` whenever all have come to one, until all ``sites`` have
+    been visited.
 
-    One of them runs at a time. Returns why it was given up, '' where all came to their end. Raises what a work raises.
+    One of them runs at a time. Returns why it was given up, '' where it was not. Raises what a work raises.
     """
-    runs = [_Run(work) for work in works]
+    runs, rest = [_Run(work) for work in works], {site.order for site in sites}
     started: list[_Run] = []
     try:
         for run in runs:
@@ -92,6 +93,9 @@ def in_step(works: Sequence[Callable[[Meet], Any]], visit: Visit) -> str:
             if len(places) < len(runs) or len({site.order for site, *_ in places}) > 1:
                 return "the batches do not reach the sites in one order"
             answer = visit(places[0][0], [activation for _, activation, _ in places], [beside for *_, beside in places])
+            rest.discard(places[0][0].order)
+            if not rest:
+                return ""
             del places
             for run in runs:
                 run.step(answer)

@@ -204,7 +204,7 @@ class FxProgram:
 
         self.pause()
         with undisturbed():
-            return in_step([work(batch, changing) for changing in (False, True) for batch in batches], visit)
+            return in_step([work(batch, changing) for changing in (False, True) for batch in batches], wanted, visit)
 
     def _meetings(
         self, place: int, sites: Iterable[Site], meet: Meet, changing: bool

@@ -241,7 +241,7 @@ class NnProgram:
             hooks(of_module, leave),
             hooks(norms, skip),
         ):
-            return in_step(works, visit)
+            return in_step(works, of_module.values(), visit)
 
     def _connections(
         self, batch: Call, sites: Mapping[nn.Module, int], norms: Mapping[nn.Module, int]

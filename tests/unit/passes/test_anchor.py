@@ -175,11 +175,15 @@ def test_runs_in_different_orders_are_given_up_and_leave_no_thread() -> None:
 
     before = threading.active_count()
     visited: list[int] = []
-    reason = in_step([work([0, 1]), work([0, 2])], lambda s, *_: visited.append(s.order))
+    sites = [site(0), site(1), site(2)]
+    reason = in_step([work([0, 1]), work([0, 2])], sites, lambda s, *_: visited.append(s.order))
     assert "one order" in reason
     assert visited == [0]
-    assert "one order" in in_step([work([0, 1]), work([0])], lambda s, *_: None)
-    assert in_step([work([0, 1]), work([0, 1])], lambda s, *_: None) == ""
+    assert "one order" in in_step([work([0, 1]), work([0])], sites, lambda s, *_: None)
+    assert in_step([work([0, 1]), work([0, 1])], sites, lambda s, *_: None) == ""
+    visited.clear()
+    assert in_step([work([0, 1, 2]), work([0, 1, 2])], sites[:2], lambda s, *_: visited.append(s.order)) == ""
+    assert visited == [0, 1]
     assert threading.active_count() == before
 
 
@@ -189,9 +193,9 @@ def test_a_failing_run_raises_what_it_raised() -> None:
         raise KeyError("broken")
 
     with pytest.raises(KeyError, match="broken"):
-        in_step([work, work], lambda s, *_: None)
+        in_step([work, work], [site(0), site(1)], lambda s, *_: None)
     with pytest.raises(ZeroDivisionError):
-        in_step([work, work], lambda s, *_: 1 / 0)  # type: ignore[arg-type, return-value]
+        in_step([work, work], [site(0), site(1)], lambda s, *_: 1 / 0)  # type: ignore[arg-type, return-value]
 
 
 def test_a_model_whose_runs_take_other_ways_is_fitted_without_and_says_so() -> None:
