@@ -161,7 +161,8 @@ def _shift(weight: Tensor, rebuilt: Tensor, moments: _Pair | None, mean: Tensor)
     """``W E[x] - W_hat E[z]``."""
     if moments is None:
         return _response(weight, mean) - _response(rebuilt, mean)
-    return _response(weight, moments.mean_x) - _response(rebuilt, moments.mean_z) + moments.mean_sum.flatten()
+    shift = _response(weight, moments.mean_x) - _response(rebuilt, moments.mean_z)
+    return shift if moments.added is None else shift + moments.added[1].flatten()
 
 
 def _response(weight: Tensor, mean: Tensor) -> Tensor:
@@ -203,16 +204,15 @@ class _Gap:
 @dataclass(frozen=True, eq=False)
 class _Pair:
     """``E[(x - z) z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows (of equal
-    importance that tell as much). ``sum_drift`` and ``mean_sum``: ``E[(s - t) z^T]`` (g, o, n) and ``E[s - t]`` (g, o)
-    of what the outputs are added to, 0 where that is nothing.
+    importance that tell as much). ``added``: ``E[(s - t) z^T]`` (g, o, n) and ``E[s - t]`` (g, o) of what the outputs
+    are added to.
     """
 
     drift: Tensor
     own: Tensor
     mean_x: Tensor
     mean_z: Tensor
-    sum_drift: Tensor
-    mean_sum: Tensor
+    added: tuple[Tensor, Tensor] | None
     rows: int
     moved: bool
     """Whether x and z, or s and t, differ by more than rounding."""
@@ -231,8 +231,8 @@ class _Pair:
         groups, outputs, width = site.matrix
         half = len(activations) // 2
         drift, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
-        sum_drift = torch.zeros(groups, outputs, width, dtype=torch.float64)
-        sums, total = torch.zeros(2, groups, width, dtype=torch.float64), torch.zeros_like(sum_drift[:, :, 0])
+        sums = torch.zeros(2, groups, width, dtype=torch.float64)
+        sum_drift, total = (torch.zeros(groups, outputs, size, dtype=torch.float64) for size in (width, 1))
         if len(beside) != len(activations) or not all(map(_is_row_by_row, repeat(site), activations, beside)):
             beside = ()
         mass, square, inputs, added = 0.0, 0.0, _Gap(), _Gap()
@@ -254,19 +254,20 @@ class _Pair:
                 if apart is not None:
                     between = added.between(rows[2], rows[3])
                     sum_drift += (between.mT @ scaled).cpu()
-                    total += (between * each[:, None]).sum(1, dtype=torch.float64).cpu()
+                    total += (between * each[:, None]).sum(1, dtype=torch.float64)[:, :, None].cpu()
                 mass, square = mass + float(each.sum()), square + float(each.double().square().sum())
         scale = max(mass, 1e-30)
         rows_ = round(mass**2 / square) if square > 0 else 0
         mean_x, mean_z = sums / scale
         moved = inputs.is_real or added.is_real
-        return cls(drift / scale, own / scale, mean_x, mean_z, sum_drift / scale, total / scale, rows_, moved)
+        extra = (sum_drift / scale, total[:, :, 0] / scale) if beside else None
+        return cls(drift / scale, own / scale, mean_x, mean_z, extra, rows_, moved)
 
     def target(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
         """The weight B to fit, and the metric to fit it in."""
-        drift, own, sum_drift = self.drift, self.own, self.sum_drift
-        if metric.mean is not None:
-            sum_drift = sum_drift - self.mean_sum[:, :, None] * self.mean_z[:, None]
+        drift, own = self.drift, self.own
+        centred = metric.mean is not None
+        if centred:
             drift = drift - (self.mean_x - self.mean_z)[:, :, None] * self.mean_z[:, None]
             own = own - self.mean_z[:, :, None] * self.mean_z[:, None]
             own.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
@@ -274,7 +275,11 @@ class _Pair:
         mean = own.diagonal(dim1=-2, dim2=-1).mean(-1)
         damped = stable + torch.diag_embed((_RIDGE * mean + (mean == 0))[:, None].expand(-1, own.shape[-1]))
         dense = weight.reshape(len(own), -1, own.shape[-1])
-        change = torch.linalg.solve(damped, (dense @ drift + sum_drift).mT).mT
+        wanted = dense @ drift
+        if self.added is not None:
+            gap, mean_gap = self.added
+            wanted += gap - mean_gap[:, :, None] * self.mean_z[:, None] if centred else gap
+        change = torch.linalg.solve(damped, wanted.mT).mT
         second = stable if metric.second_moment is None else stable.reshape(metric.second_moment.shape)
         mean_z = None if metric.mean is None else self.mean_z.reshape(metric.mean.shape)
         return (dense + change).reshape(weight.shape), replace(metric, second_moment=second, mean=mean_z)

@@ -124,12 +124,13 @@ def test_the_target_is_the_least_squares_solution_for_the_sum() -> None:
     (place,) = NnProgram(nn.Sequential(layer), (x,)).sites()[0]
     weight = layer.weight.detach().double()
     pair = _Pair.of(place, [x, z], beside=[s, t])
+    assert pair.added is not None
     target, _ = pair.target(weight, Metric("input", torch.eye(8, dtype=torch.float64), torch.zeros(8)))
     x, z, s, t = (v.double() for v in (x, z, s, t))
     wanted = x @ weight.T + s - t
     rows = torch.cat([z, torch.ones(4000, 1)], 1).double()
     rest = wanted - rows @ torch.linalg.lstsq(rows, wanted).solution
-    shift = x.mean(0) @ weight.T - z.mean(0) @ target.T + pair.mean_sum[0]
+    shift = x.mean(0) @ weight.T - z.mean(0) @ target.T + pair.added[1][0]
     lost = float((wanted - z @ target.T - shift).square().sum())
     assert float(rest.square().sum()) * (1 - 1e-9) <= lost <= 1.005 * float(rest.square().sum())
 
@@ -143,12 +144,12 @@ def test_rows_that_are_not_those_of_the_outputs_are_left_alone() -> None:
         [torch.randn(12, 3), None],
     ]
     for sums in [*wrong, [torch.randn(12, 3), torch.randn(6, 3)], []]:
-        assert not _Pair.of(place, [x, z], beside=sums).sum_drift.any()
+        assert _Pair.of(place, [x, z], beside=sums).added is None
     (place,) = NnProgram(nn.Sequential(nn.Conv2d(2, 3, 3)), (torch.randn(2, 2, 5, 5),)).sites()[0]
     x, z = (torch.randn(2, 2, 5, 5) for _ in range(2))
     for shape, wanted in (((2, 3, 3, 3), True), ((2, 3, 1, 1), False), ((2, 27), False), ((1, 3, 3, 3), False)):
         sums = [torch.randn(shape), torch.randn(shape)]
-        assert bool(_Pair.of(place, [x, z], beside=sums).sum_drift.any()) == wanted
+        assert (_Pair.of(place, [x, z], beside=sums).added is not None) == wanted
 
 
 def test_what_moves_by_more_than_rounding_counts() -> None:
@@ -190,3 +191,23 @@ def test_a_deep_residual_model_changes_less_than_without(door: str, monkeypatch:
     of = _Pair.of
     monkeypatch.setattr(_Pair, "of", lambda site, activations, importance, *_: of(site, activations, importance))
     assert with_sums < 0.95 * lost()
+
+
+def test_layers_of_other_heights_that_read_the_same_input_are_fitted_too() -> None:
+    """Grouped-query attention: what they read is worked out once for all."""
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.query, self.value, self.out = (
+                nn.Linear(24, width, bias=False) for width in (24, 24, 12, 24)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.before(x).sin()
+            return x + self.out(self.query(x) * self.value(x).repeat(1, 2).sigmoid())
+
+    model, data = Grouped().eval(), torch.randn(400, 24)
+    options: dict[str, Any] = {"budget": "params=0.7", "allow": "svd", "allocation": "uniform", "progress": False}
+    small = tdc.compress(model, calibration=list(data.split(100)), **options)
+    assert tdc.report(small).replaced == 4
