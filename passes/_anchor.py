@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import repeat, zip_longest
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tdc.frontends.program import Change
 from tdc.ir import Candidate, Metric, Site
-from tdc.statistics import SiteStatistics, divergence, logits_among, shrunk
-from tdc.statistics.patches import input_rows, output_rows, window_lengths
+from tdc.statistics import SiteStatistics, divergence, logits_among
 
+from ._pair import Pair
 from .base import Unit
 from .propose_layouts import metric_name
 
 __all__ = ["Anchored", "anchors_of", "held_out", "loses_more"]
 
-_RIDGE = 1e-2
-_ROUNDING = 1e3
-"""Units of the last place by which inputs may differ and still be taken for the same."""
 _MEMORY = 3 << 30
 """Bytes that the activations of all runs may take together, about."""
 _LIVE = 4
@@ -84,9 +79,9 @@ class Anchored:
     With x the input of a site in the dense model and z that in the model that is cut up to there, the weight to fit is
     the least-squares solution of ``B z = W x``, ``B = W + W E[(x - z) z^T] (E[z z^T] + ridge)^-1``, in the
     metric of ``E[z z^T]``: so ``E ||W x - W_hat z||^2`` is least (AA-SVD, 2026); in the metric ``fisher`` with each row
-    at its importance. The ridge, 1 % of the mean of the
-    diagonal, draws B to W. Where a site has a bias it takes up the means, ``b + W E[x] - W_hat E[z]``. Where x and z
-    are the same, up to rounding, B is W.
+    at its importance. The ridge draws B to W; it is that with which the B of one half of the batches loses least on the
+    other half (see :meth:`._pair.Pair.target`). Where a site has a bias it takes up the means,
+    ``b + W E[x] - W_hat E[z]``. Where x and z are the same, up to rounding, B is W.
 
     Where the output is added to something, s in the dense model and t in the other (a residual connection), the sum is
     what the layers behind it read: then ``E ||(W x + s) - (W_hat z + t)||^2`` is least, with ``E[(s - t) z^T]`` added
@@ -105,7 +100,7 @@ class Anchored:
     anchored: set[int] = field(default_factory=set)
     changes: dict[int, Change] = field(default_factory=dict)
     """The weights that the factors rebuild, and what the biases take up."""
-    _last: tuple[list[tuple[int, int]], tuple[Tensor, ...], _Pair] | None = None
+    _last: tuple[list[tuple[int, int]], tuple[Tensor, ...], Pair] | None = None
 
     def __call__(
         self, site: Site, activations: Sequence[Tensor], beside: Sequence[Tensor | None] = ()
@@ -145,19 +140,19 @@ class Anchored:
                 self.shifts[site.order] = shift
             self.changes[site.order] = Change(rebuilt.to(weight.dtype), shift)
 
-    def _moments(self, site: Site, activations: Sequence[Tensor], beside: Sequence[Tensor | None]) -> _Pair:
+    def _moments(self, site: Site, activations: Sequence[Tensor], beside: Sequence[Tensor | None]) -> Pair:
         """Worked out once for linear sites that read the same activations one after the other."""
         by_batch = self.unit.importance if metric_name(self.unit) == "fisher" else ()
         importance = [weights.get(site.order) for weights in by_batch[: len(activations) // 2]]
         if site.kind.is_conv or any(tensor is not None for tensor in beside):
-            return _Pair.of(site, activations, importance, beside)
+            return Pair.of(site, activations, importance, beside)
         state = [(id(a), a._version) for a in activations]
         if self._last is None or self._last[0] != state:
-            self._last = (state, tuple(activations), _Pair.of(site, activations, importance))
+            self._last = (state, tuple(activations), Pair.of(site, activations, importance))
         return self._last[2]
 
 
-def _shift(weight: Tensor, rebuilt: Tensor, moments: _Pair | None, mean: Tensor) -> Tensor:
+def _shift(weight: Tensor, rebuilt: Tensor, moments: Pair | None, mean: Tensor) -> Tensor:
     """``W E[x] - W_hat E[z]``."""
     if moments is None:
         return _response(weight, mean) - _response(rebuilt, mean)
@@ -169,117 +164,3 @@ def _response(weight: Tensor, mean: Tensor) -> Tensor:
     """``W m`` of a weight (g o, i, ...) for means (n) or (g, n), flat."""
     columns = mean.reshape(-1, mean.shape[-1], 1)
     return (weight.reshape(len(columns), -1, columns.shape[1]) @ columns).flatten()
-
-
-def _is_row_by_row(site: Site, activation: Tensor, beside: Tensor | None) -> bool:
-    """Whether there is a tensor of the size of the site's outputs."""
-    groups, outputs, width = site.matrix
-    if beside is None or not site.kind.is_conv:
-        return beside is not None and beside.numel() * width == activation.numel() * outputs
-    axes = len(site.windows)
-    sizes = (groups * outputs, *(positions for *_, positions in window_lengths(site, activation)))
-    return tuple(beside.shape) == (*activation.shape[: activation.ndim - axes - 1], *sizes)
-
-
-@dataclass
-class _Gap:
-    """How far two kinds of rows are apart."""
-
-    apart: float = 0.0
-    size: float = 0.0
-    eps: float = 0.0
-
-    def between(self, first: Tensor, second: Tensor) -> Tensor:
-        gap = first - second
-        self.apart, self.size = self.apart + float(gap.square().sum()), self.size + float(first.square().sum())
-        self.eps = torch.finfo(first.dtype).eps
-        return gap
-
-    @property
-    def is_real(self) -> bool:
-        """Whether it is more than rounding."""
-        return self.apart > (_ROUNDING * self.eps) ** 2 * self.size
-
-
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """``E[(x - z) z^T]`` and ``E[z z^T]`` (g, n, n), ``E[x]`` and ``E[z]`` (g, n), float64, over so many rows (of equal
-    importance that tell as much). ``added``: ``E[(s - t) z^T]`` (g, o, n) and ``E[s - t]`` (g, o) of what the outputs
-    are added to.
-    """
-
-    drift: Tensor
-    own: Tensor
-    mean_x: Tensor
-    mean_z: Tensor
-    added: tuple[Tensor, Tensor] | None
-    rows: int
-    moved: bool
-    """Whether x and z, or s and t, differ by more than rounding."""
-
-    @classmethod
-    def of(
-        cls,
-        site: Site,
-        activations: Sequence[Tensor],
-        importance: Sequence[Tensor | None] = (),
-        beside: Sequence[Tensor | None] = (),
-    ) -> _Pair:
-        """From the activations of all dense runs and then those of all changing ones, and what the outputs are added to
-        in these; with the importance of the rows of each pair, where it is known.
-        """
-        groups, outputs, width = site.matrix
-        half = len(activations) // 2
-        drift, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
-        sums = torch.zeros(2, groups, width, dtype=torch.float64)
-        sum_drift, total = (torch.zeros(groups, outputs, size, dtype=torch.float64) for size in (width, 1))
-        if len(beside) != len(activations) or not all(map(_is_row_by_row, repeat(site), activations, beside)):
-            beside = ()
-        mass, square, inputs, added = 0.0, 0.0, _Gap(), _Gap()
-        runs = zip_longest(activations[:half], activations[half:], importance[:half], beside[:half], beside[half:])
-        for seed, (x, z, weights, s, t) in enumerate(runs):
-            apart = None if s is None or t is None else (output_rows(site, s), output_rows(site, t))
-            for (dense, places), (new, _) in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
-                exact = dense.dtype if dense.dtype == torch.float64 else torch.float32
-                pairs = [(dense, new)] if apart is None else [(dense, new), (apart[0][places], apart[1][places])]
-                rows = [v.to(exact).movedim(1, 0) for pair in pairs for v in pair]
-                good = torch.stack([torch.isfinite(v).all(2).all(0) for v in rows]).all(0)
-                each = (torch.ones(len(places)) if weights is None else weights[places]).to(rows[0])
-                if not bool(good.all()):
-                    rows, each = [v[:, good] for v in rows], each[good]
-                scaled = rows[1] * each[:, None]
-                drift += (inputs.between(rows[0], rows[1]).mT @ scaled).cpu()
-                own += (rows[1].mT @ scaled).cpu()
-                sums += torch.stack([rows[0] * each[:, None], scaled]).sum(2, dtype=torch.float64).cpu()
-                if apart is not None:
-                    between = added.between(rows[2], rows[3])
-                    sum_drift += (between.mT @ scaled).cpu()
-                    total += (between * each[:, None]).sum(1, dtype=torch.float64)[:, :, None].cpu()
-                mass, square = mass + float(each.sum()), square + float(each.double().square().sum())
-        scale = max(mass, 1e-30)
-        rows_ = round(mass**2 / square) if square > 0 else 0
-        mean_x, mean_z = sums / scale
-        moved = inputs.is_real or added.is_real
-        extra = (sum_drift / scale, total[:, :, 0] / scale) if beside else None
-        return cls(drift / scale, own / scale, mean_x, mean_z, extra, rows_, moved)
-
-    def target(self, weight: Tensor, metric: Metric) -> tuple[Tensor, Metric]:
-        """The weight B to fit, and the metric to fit it in."""
-        drift, own = self.drift, self.own
-        centred = metric.mean is not None
-        if centred:
-            drift = drift - (self.mean_x - self.mean_z)[:, :, None] * self.mean_z[:, None]
-            own = own - self.mean_z[:, :, None] * self.mean_z[:, None]
-            own.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
-        stable = shrunk(own, self.rows)
-        mean = own.diagonal(dim1=-2, dim2=-1).mean(-1)
-        damped = stable + torch.diag_embed((_RIDGE * mean + (mean == 0))[:, None].expand(-1, own.shape[-1]))
-        dense = weight.reshape(len(own), -1, own.shape[-1])
-        wanted = dense @ drift
-        if self.added is not None:
-            gap, mean_gap = self.added
-            wanted += gap - mean_gap[:, :, None] * self.mean_z[:, None] if centred else gap
-        change = torch.linalg.solve(damped, wanted.mT).mT
-        second = stable if metric.second_moment is None else stable.reshape(metric.second_moment.shape)
-        mean_z = None if metric.mean is None else self.mean_z.reshape(metric.mean.shape)
-        return (dense + change).reshape(weight.shape), replace(metric, second_moment=second, mean=mean_z)

@@ -15,7 +15,7 @@ from tdc.frontends.lockstep import Meet, in_step
 from tdc.frontends.nn import NnProgram
 from tdc.frontends.program import Change
 from tdc.ir import Metric, Site
-from tdc.passes._anchor import _Pair
+from tdc.passes._pair import Pair
 from tdc.testing import random_cnn, random_mlp, random_site, random_weight
 
 
@@ -127,7 +127,7 @@ def test_a_row_of_twice_the_importance_counts_as_two(windows: bool) -> None:
     rows = 9 if windows else 1
     weights = torch.ones(len(x)).index_fill(0, torch.tensor([1, 3]), 2).repeat_interleave(rows)
     twice = torch.tensor([k for k in range(len(x)) for _ in range(2 if k in (1, 3) else 1)])
-    pair, doubled = _Pair.of(place, [x, z], [weights]), _Pair.of(place, [x[twice], z[twice]])
+    pair, doubled = Pair.of(place, [x, z], [weights]), Pair.of(place, [x[twice], z[twice]])
     for name in ("drift", "own", "mean_x", "mean_z"):
         assert torch.allclose(getattr(pair, name), getattr(doubled, name), rtol=1e-5, atol=1e-6)
     assert pair.rows < doubled.rows
@@ -144,7 +144,7 @@ def test_the_anchored_fit_is_the_optimum_of_the_shifted_problem(rank: int) -> No
     z = x + 0.3 * torch.tanh(x @ torch.randn(8, 8, generator=generator))
     (place,) = NnProgram(nn.Sequential(layer), (x,)).sites()[0]
     weight = layer.weight.detach().double()
-    target, metric = _Pair.of(place, [x, z]).target(weight, Metric("input", torch.eye(8, dtype=torch.float64)))
+    target, metric = Pair.of(place, [x, z]).target(weight, Metric("input", torch.eye(8, dtype=torch.float64)))
     found = low_rank(target, metric).approximation(rank).reshape(weight.shape)
     wanted, seen = weight @ x.double().T, z.double().T
     explained = torch.linalg.lstsq(seen.T, wanted.T).solution.T @ seen
@@ -158,7 +158,7 @@ def test_the_anchored_fit_is_the_optimum_of_the_shifted_problem(rank: int) -> No
 
 def test_batches_without_a_finite_row_in_the_cut_model_anchor_nothing() -> None:
     given = [torch.ones(3, 2), torch.full((3, 2), float("nan"))]
-    pair = _Pair.of(site(0), given)
+    pair = Pair.of(site(0), given)
     assert pair.rows == 0
     assert not pair.moved
 
@@ -225,13 +225,13 @@ def test_fits_that_lose_more_on_held_out_batches_are_not_taken(monkeypatch: pyte
     known = tdc.calibrate(model, batches, progress=False)
     options: dict[str, Any] = {"budget": "params=0.6", "statistics": known, "progress": False}
     plain = tdc.compress(model, (data[:2],), **options)
-    target = _Pair.target
+    target = Pair.target
 
-    def astray(self: _Pair, weight: Tensor, metric: Any) -> Any:
+    def astray(self: Pair, weight: Tensor, metric: Any) -> Any:
         new, own = target(self, weight, metric)
         return new * 0.5, own
 
-    monkeypatch.setattr(_Pair, "target", astray)
+    monkeypatch.setattr(Pair, "target", astray)
     small = tdc.compress(model, (data[:2],), calibration=batches, **options)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), small.parameters(), strict=True))
     (remark,) = [r.reason for r in tdc.report(small).remarks if "held-out" in r.reason]

@@ -15,7 +15,7 @@ from tdc.frontends.fx.export import open_exported
 from tdc.frontends.nn import NnProgram
 from tdc.frontends.program import Change
 from tdc.ir import Metric, Site
-from tdc.passes._anchor import _Pair
+from tdc.passes._pair import Pair
 
 
 class Branch(nn.Module):
@@ -123,7 +123,7 @@ def test_the_target_is_the_least_squares_solution_for_the_sum() -> None:
     t = s + 0.2 * (x @ torch.randn(8, 6, generator=generator)) + 0.5
     (place,) = NnProgram(nn.Sequential(layer), (x,)).sites()[0]
     weight = layer.weight.detach().double()
-    pair = _Pair.of(place, [x, z], beside=[s, t])
+    pair = Pair.of(place, [x, z], beside=[s, t])
     assert pair.added is not None
     target, _ = pair.target(weight, Metric("input", torch.eye(8, dtype=torch.float64), torch.zeros(8)))
     x, z, s, t = (v.double() for v in (x, z, s, t))
@@ -144,19 +144,19 @@ def test_rows_that_are_not_those_of_the_outputs_are_left_alone() -> None:
         [torch.randn(12, 3), None],
     ]
     for sums in [*wrong, [torch.randn(12, 3), torch.randn(6, 3)], []]:
-        assert _Pair.of(place, [x, z], beside=sums).added is None
+        assert Pair.of(place, [x, z], beside=sums).added is None
     (place,) = NnProgram(nn.Sequential(nn.Conv2d(2, 3, 3)), (torch.randn(2, 2, 5, 5),)).sites()[0]
     x, z = (torch.randn(2, 2, 5, 5) for _ in range(2))
     for shape, wanted in (((2, 3, 3, 3), True), ((2, 3, 1, 1), False), ((2, 27), False), ((1, 3, 3, 3), False)):
         sums = [torch.randn(shape), torch.randn(shape)]
-        assert (_Pair.of(place, [x, z], beside=sums).added is not None) == wanted
+        assert (Pair.of(place, [x, z], beside=sums).added is not None) == wanted
 
 
 def test_what_moves_by_more_than_rounding_counts() -> None:
     x, s = torch.randn(12, 4), torch.randn(12, 3)
     (place,) = NnProgram(nn.Sequential(nn.Linear(4, 3)), (x,)).sites()[0]
-    assert not _Pair.of(place, [x, x.clone()], beside=[s, s * (1 + 1e-7)]).moved
-    assert _Pair.of(place, [x, x.clone()], beside=[s, s * 1.01]).moved
+    assert not Pair.of(place, [x, x.clone()], beside=[s, s * (1 + 1e-7)]).moved
+    assert Pair.of(place, [x, x.clone()], beside=[s, s * 1.01]).moved
 
 
 @pytest.mark.parametrize("door", ["nn", "export"])
@@ -188,8 +188,8 @@ def test_a_deep_residual_model_changes_less_than_without(door: str, monkeypatch:
             return float((small(data[2000:]) - wanted).square().sum() / wanted.square().sum())
 
     with_sums = lost()
-    of = _Pair.of
-    monkeypatch.setattr(_Pair, "of", lambda site, activations, importance, *_: of(site, activations, importance))
+    of = Pair.of
+    monkeypatch.setattr(Pair, "of", lambda site, activations, importance, *_: of(site, activations, importance))
     assert with_sums < 0.95 * lost()
 
 
