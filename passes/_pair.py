@@ -15,8 +15,10 @@ from tdc.statistics.patches import input_rows, output_rows, window_lengths
 
 __all__ = ["Pair"]
 
-_RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Fractions of the mean of the diagonal; the first where there is one batch only."""
+_RIDGES, _ALONE = (0.03, 0.3, 3.0), 0.01
+"""Fractions of the diagonal; the last where there is one batch only."""
+_FLOOR = 1e-5
+"""Of the mean of the diagonal."""
 _ROUNDING = 1e3
 """Units of the last place by which inputs may differ and still be taken for the same."""
 
@@ -92,15 +94,15 @@ class Pair:
         """The weight ``B = W + C (E[z z^T] + ridge)^-1`` to fit, ``C = W E[(x - z) z^T] + E[(s - t) z^T]``, and the
         metric to fit it in; of covariances where a bias takes up the means.
 
-        The ridge is the one of some with which C of each half of the batches loses least on the other, in the metric's
-        gradients; W itself where none gains there.
+        B goes only a part of the way from W: ridge and part are those with which C of each half of the batches loses
+        least on the other, in the metric's gradients.
         """
         dense = weight.reshape(len(self.own), -1, self.own.shape[-1])
         centred = metric.mean is not None
         wanted, own = self._problem(dense, centred)
         stable = shrunk(own, self.rows)
-        ridge = self._ridge(dense, metric)
-        target = weight if ridge is None else (dense + _solved(wanted, own, stable, ridge)).reshape(weight.shape)
+        ridge, part = self._ridge(dense, metric)
+        target = (dense + part * _solved(wanted, own, stable, ridge)).reshape(weight.shape) if part > 0 else weight
         second = stable if metric.second_moment is None else stable.reshape(metric.second_moment.shape)
         mean = None if metric.mean is None else self.mean_z.reshape(metric.mean.shape)
         return target, replace(metric, second_moment=second, mean=mean)
@@ -118,25 +120,29 @@ class Pair:
             wanted += gap - mean_gap[:, :, None] * self.mean_z[:, None] if centred else gap
         return wanted, own
 
-    def _ridge(self, dense: Tensor, metric: Metric) -> float | None:
+    def _ridge(self, dense: Tensor, metric: Metric) -> tuple[float, float]:
+        """The ridge, and the part of the way."""
         if not self.halves:
-            return _RIDGES[0]
+            return _ALONE, 1.0
         gradient = None if metric.gradient is None else metric.gradient.reshape(len(dense), *metric.gradient.shape[-2:])
         problems = [half._problem(dense, metric.mean is not None) for half in self.halves]
-        lost = dict.fromkeys(_RIDGES, 0.0)
+        slope, curvature = dict.fromkeys(_RIDGES, 0.0), dict.fromkeys(_RIDGES, 0.0)
         for half, (wanted, own), (other, apart) in zip(self.halves, problems, problems[::-1], strict=True):
             stable = shrunk(own, half.rows)
             for ridge in _RIDGES:
                 change = _solved(wanted, own, stable, ridge)
                 weighed = change if gradient is None else gradient @ change
-                lost[ridge] += float((weighed * (change @ apart - 2 * other)).sum())
-        best = min(lost, key=lost.__getitem__)
-        return best if lost[best] < 0 else None
+                slope[ridge] += float((weighed * other).sum())
+                curvature[ridge] += float((weighed * (change @ apart)).sum())
+        parts = {k: min(1.0, max(0.0, slope[k]) / curvature[k]) if curvature[k] > 0 else 0.0 for k in _RIDGES}
+        best = min(_RIDGES, key=lambda k: parts[k] * (parts[k] * curvature[k] - 2 * slope[k]))
+        return best, parts[best]
 
 
 def _solved(wanted: Tensor, own: Tensor, stable: Tensor, ridge: float) -> Tensor:
-    mean = own.diagonal(dim1=-2, dim2=-1).mean(-1)
-    damped = stable + torch.diag_embed((ridge * mean + (mean == 0))[:, None].expand(-1, own.shape[-1]))
+    diagonal = own.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True)
+    damped = stable + torch.diag_embed(ridge * diagonal + _FLOOR * mean + (mean == 0))
     return torch.linalg.solve(damped, wanted.mT).mT
 
 

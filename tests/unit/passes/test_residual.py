@@ -211,3 +211,24 @@ def test_layers_of_other_heights_that_read_the_same_input_are_fitted_too() -> No
     options: dict[str, Any] = {"budget": "params=0.7", "allow": "svd", "allocation": "uniform", "progress": False}
     small = tdc.compress(model, calibration=list(data.split(100)), **options)
     assert tdc.report(small).replaced == 4
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_a_target_goes_as_far_from_the_weight_as_other_batches_bear_out(noise: float) -> None:
+    """All the way where the halves of the batches agree; hardly where what is added is noise."""
+    generator = torch.Generator().manual_seed(5)
+    layer = nn.Linear(32, 6, bias=False)
+    x = [torch.randn(100, 32, generator=generator) for _ in range(2)]
+    mix = 0.2 * torch.randn(32, 6, generator=generator)
+    s = [batch @ mix + noise * torch.randn(100, 6, generator=generator) for batch in x]
+    t = [torch.zeros(100, 6) for _ in x]
+    (place,) = NnProgram(nn.Sequential(layer), (x[0],)).sites()[0]
+    weight = layer.weight.detach().double()
+    pair = Pair.of(place, [*x, *x], beside=[*s, *t])
+    target, _ = pair.target(weight, Metric("input", torch.eye(32, dtype=torch.float64)))
+    wanted, found = mix.T.double(), target - weight
+    whole = torch.linalg.lstsq(torch.cat(x), torch.cat(s)).solution.T.double()
+    if noise == 0:
+        assert torch.allclose(found, wanted, atol=0.05 * float(wanted.abs().max()))
+    else:
+        assert float((found - wanted).norm()) < 0.7 * float((whole - wanted).norm())
