@@ -101,7 +101,7 @@ class Pair:
         centred = metric.mean is not None
         wanted, own = self._problem(dense, centred)
         stable = shrunk(own, self.rows)
-        ridge, part = self._ridge(dense, metric)
+        ridge, part = self._step(dense, metric)
         target = (dense + part * _solved(wanted, own, stable, ridge)).reshape(weight.shape) if part > 0 else weight
         second = stable if metric.second_moment is None else stable.reshape(metric.second_moment.shape)
         mean = None if metric.mean is None else self.mean_z.reshape(metric.mean.shape)
@@ -120,7 +120,7 @@ class Pair:
             wanted += gap - mean_gap[:, :, None] * self.mean_z[:, None] if centred else gap
         return wanted, own
 
-    def _ridge(self, dense: Tensor, metric: Metric) -> tuple[float, float]:
+    def _step(self, dense: Tensor, metric: Metric) -> tuple[float, float]:
         """The ridge, and the part of the way."""
         if not self.halves:
             return _ALONE, 1.0

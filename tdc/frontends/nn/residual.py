@@ -93,9 +93,9 @@ class Kept(TorchFunctionMode):
     def beside(self, site: int) -> Tensor | None:
         """What the output of the site will be added to, if it is known."""
         call = self._call.pop(site, None)
-        if call is None or call in self._call.values():
-            return self._held.get(call) if call else None
-        return self._held.pop(call, None)
+        if call is None:
+            return None
+        return self._held.get(call) if call in self._call.values() else self._held.pop(call, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
