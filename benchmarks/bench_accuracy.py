@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import resource
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -186,6 +187,7 @@ def main() -> None:
                 "calibrate s": f"{seconds:.0f}",
                 "plan s": f"{planned:.0f}",
                 "fit s": f"{time.perf_counter() - start:.0f}",
+                "peak GB": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}",
                 "note": "; ".join(r.reason for r in tdc.report(small).remarks if r.stage == "heal"),
             }
             print(row, flush=True)
