@@ -12,7 +12,7 @@ Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for
 on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512. SmolLM2: windows of WikiText-2's validation part, 0 to 23
 (draws 1 and 2: 60 to 83, 84 to 107), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`: perplexity on text of
 another domain, docstrings of Python's standard library, over the dense one. `--statistics`: kept in that file, or read
-from it.
+from it; `--models`: what `anchored` gives is kept in that folder, and `healed` starts from it.
 
 Rows are added to results/accuracy.csv, in place of earlier ones of the same model, part, budget and draw.
 """
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="*")
     parser.add_argument("--draw", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--statistics", type=Path)
+    parser.add_argument("--models", type=Path)
     given = parser.parse_args()
     torch.manual_seed(0)
     case = CASES[given.model](given.draw)
@@ -169,14 +170,21 @@ def main() -> None:
         statistics, front, planned = fronts[key]
         for plan in front:
             start = time.perf_counter()
-            small = tdc.compress(
-                case.model,
-                case.calibration[0],
-                plan=plan,
-                statistics=statistics,
-                calibration=case.calibration if how.get("calibrated") else None,
-                heal=case.heal if how.get("healed") else False,
-            )
+            kept = given.models and given.models / f"{given.model} anchored {plan.budget} {given.draw}.pt"
+            if how.get("healed") and kept and kept.exists():
+                small = torch.load(kept, weights_only=False)
+                tdc.heal(small, case.model, case.calibration, config=case.heal)
+            else:
+                small = tdc.compress(
+                    case.model,
+                    case.calibration[0],
+                    plan=plan,
+                    statistics=statistics,
+                    calibration=case.calibration if how.get("calibrated") else None,
+                    heal=case.heal if how.get("healed") else False,
+                )
+            if part == "anchored" and kept:
+                torch.save(small, kept)
             row = {
                 "model": given.model,
                 "part": part,
@@ -191,8 +199,8 @@ def main() -> None:
                 "note": "; ".join(r.reason for r in tdc.report(small).remarks if r.stage == "heal"),
             }
             print(row, flush=True)
-            kept = [old for old in read_rows(NAME) if any((old.get(key) or "0") != row[key] for key in KEYS)]
-            write_rows(NAME, [*kept, row])  # a run that is stopped keeps what it found
+            others = [old for old in read_rows(NAME) if any((old.get(key) or "0") != row[key] for key in KEYS)]
+            write_rows(NAME, [*others, row])  # a run that is stopped keeps what it found
 
 
 @cache
