@@ -171,18 +171,7 @@ def main() -> None:
         for plan in front:
             start = time.perf_counter()
             kept = given.models and given.models / f"{given.model} anchored {plan.budget} {given.draw}.pt"
-            if how.get("healed") and kept and kept.exists():
-                small = torch.load(kept, weights_only=False)
-                tdc.heal(small, case.model, case.calibration, config=case.heal)
-            else:
-                small = tdc.compress(
-                    case.model,
-                    case.calibration[0],
-                    plan=plan,
-                    statistics=statistics,
-                    calibration=case.calibration if how.get("calibrated") else None,
-                    heal=case.heal if how.get("healed") else False,
-                )
+            small = compressed(case, plan, statistics, how, kept)
             if part == "anchored" and kept:
                 torch.save(small, kept)
             row = {
@@ -201,6 +190,21 @@ def main() -> None:
             print(row, flush=True)
             others = [old for old in read_rows(NAME) if any((old.get(key) or "0") != row[key] for key in KEYS)]
             write_rows(NAME, [*others, row])  # a run that is stopped keeps what it found
+
+
+def compressed(case: Any, plan: tdc.Plan, statistics: tdc.Statistics, how: Any, kept: Path | None) -> nn.Module:
+    """Compressed as a part says; where healing can start from what is kept, it does."""
+    if how.get("healed") and kept and kept.exists():
+        small: nn.Module = torch.load(kept, weights_only=False)
+        return tdc.heal(small, case.model, case.calibration, config=case.heal)
+    return tdc.compress(
+        case.model,
+        case.calibration[0],
+        plan=plan,
+        statistics=statistics,
+        calibration=case.calibration if how.get("calibrated") else None,
+        heal=case.heal if how.get("healed") else False,
+    )
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from ...errors import CalibrationError, PlanError, VerificationError
+from ...errors import CalibrationError, ModelError, PlanError, VerificationError
 from ...ir import Block, Cost, Remark, Site
 from ..clock import seconds_of
+from ..lockstep import Visit, in_step
 from ..program import Change, Replacement, Tap
 from .calibration import Batch, read_batches
 from .cost import run_cost
@@ -23,6 +25,7 @@ from .gains import gain_before
 from .load import REMARKS
 from .match import find_sites
 from .operators import EINSUM_OPSET, opset
+from .parts import Parts
 from .running import Fed, clone, double, moved, with_taps, with_weight_inputs
 from .runtime import Session, first_line, free_names, ort_errors
 from .tail import scales
@@ -93,14 +96,14 @@ class OnnxProgram:
         shown: dict[tuple[str, bool], Tensor] = {}
         for site in sites:
             for use in self._match(site.order).uses:
-                key = (use.activation.name or "", _turned(use))
+                key = (use.activation.name or "", use.turned)
                 if key not in shown:
                     shown[key] = self._activation(use, values, batch)
                 tap(site, shown[key])
 
     def _activation(self, use: Use, values: Mapping[str, Any], batch: Batch) -> Tensor:
         tensor = to_torch(self._entries(use, values, batch))
-        return tensor.swapaxes(-1, -2) if _turned(use) else tensor
+        return tensor.swapaxes(-1, -2) if use.turned else tensor
 
     def _entries(self, use: Use, values: Mapping[str, Any], batch: Batch) -> Any:
         """What enters a use: computed, given, or stored."""
@@ -116,8 +119,14 @@ class OnnxProgram:
     ) -> str:
         return "onnxruntime runs no model backwards"
 
-    def lockstep(self, batches: Sequence[Any], sites: Iterable[Site], visit: Any) -> str:
-        return "onnxruntime runs no model in parts"
+    def lockstep(self, batches: Sequence[Batch], sites: Iterable[Site], visit: Visit) -> str:
+        sites = tuple(sites)
+        parts = Parts(self.model, self._matches, sites)
+        works = [partial(parts.run, batch, changing) for changing in (False, True) for batch in batches]
+        try:
+            return in_step(works, sites, visit)
+        except ModelError as error:
+            return f"onnxruntime does not run the model in parts: {error}"
 
     def outputs(self, batch: Batch, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         """Floating outputs by name, with ``changes`` (by site order) of the stored weights and biases."""
@@ -239,11 +248,6 @@ class OnnxProgram:
             uses = tuple(moved(use, nodes, values) for use in match.uses)
             emitter.replace(uses, new, match.site.name, bias)
         return copy
-
-
-def _turned(use: Use) -> bool:
-    """Whether the activation has its input axis second to last."""
-    return not use.form.kind.is_conv and not use.form.input_last
 
 
 def _new_bias(match: Match, new: Replacement) -> np.ndarray | None:

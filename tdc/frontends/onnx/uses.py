@@ -46,6 +46,11 @@ class Use:
         return value
 
     @property
+    def turned(self) -> bool:
+        """Whether the activation has its input axis second to last."""
+        return not self.form.kind.is_conv and not self.form.input_last
+
+    @property
     def output(self) -> ir.Value:
         """What a replacement makes: the output of the operator, or of the normalisation behind it."""
         return (self.tail.norm or self.node).outputs[0]
