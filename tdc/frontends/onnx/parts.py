@@ -107,15 +107,18 @@ class Parts:
 
     def _stretch(self, k: int, start: int, values: dict[str, Any], changes: Mapping[int, Change]) -> dict[str, Any]:
         """What is known and still needed behind the operators from ``start`` to a stop."""
-        if self._session is None or self._session[0] != k:
-            self._session = self._opened(k, self._nodes[start : self._stops[k].place], values)
-        _, session, reads, gives = self._session
-        weights = {name: self.fed[name].value(changes.get(self.fed[name].order)) for name in reads if name in self.fed}
-        feeds = weights | {name: values[name] for name in reads if name in values}
-        try:
-            made = dict(zip(gives, session.run(gives, feeds), strict=True)) if gives else {}
-        except ort_errors() as error:
-            raise ModelError(first_line(error)) from error
+        nodes = self._nodes[start : self._stops[k].place]
+        made: dict[str, Any] = {}
+        if any(value.name in self._needed[k] for node in nodes for value in node.outputs):
+            if self._session is None or self._session[0] != k:
+                self._session = self._opened(k, nodes, values)
+            _, session, reads, gives = self._session
+            weights = {n: self.fed[n].value(changes.get(self.fed[n].order)) for n in reads if n in self.fed}
+            feeds = weights | {name: values[name] for name in reads if name in values}
+            try:
+                made = dict(zip(gives, session.run(gives, feeds), strict=True))
+            except ort_errors() as error:
+                raise ModelError(first_line(error)) from error
         if odd := [name for name, value in made.items() if not isinstance(value, np.ndarray)]:
             raise ModelError(f"{odd[0]} is no tensor")
         return {name: value for name, value in (values | made).items() if name in self._needed[k]}
