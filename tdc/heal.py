@@ -30,6 +30,9 @@ _FORMAT = "tdc-heal"
 _WARM = 0.05
 _CLIP = 1.0
 _LEAST_GAIN = 1e-3
+_AVERAGED = 0.5
+"""Of an epoch's steps, over how many the average of the parameters reaches back."""
+_OUTPUT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,11 @@ def heal(
     outputs come nearer to those of the dense ``model`` on ``batches``; no labels.
 
     Minimised is the divergence of the outputs (see :func:`tdc.statistics.divergence`), by Adam with a cosine schedule.
-    The parameters of the epoch that was best on the held-out part are kept; where none beats the start, ``small`` stays
-    as it was. The report of ``small`` gets a remark with both figures. Data as for :func:`tdc.calibrate`; at least two
-    steps of it.
+    Judged after each epoch is the average of the parameters over the steps before (Polyak and Juditsky 1992), with
+    weights that fall off exponentially over half an epoch: fits are so near to an optimum that single steps scatter
+    around it by more than there is to gain. What was best on the held-out part is kept; where nothing beats the start,
+    ``small`` stays as it was. The report of ``small`` gets a remark with both figures. Data as for
+    :func:`tdc.calibrate`; at least two steps of it.
 
     Returns:
         ``small``.
@@ -138,11 +143,13 @@ class _Work:
         self.small, self.model, self.steps, self.apart, self.config = small, model, steps, apart, config
         self.parameters = _trainable(small)
         scale = {name: max(float(p.detach().square().mean().sqrt()), 1e-8) for name, p in self.parameters.items()}
-        groups = [{"params": [p], "lr": config.rate * scale[name]} for name, p in self.parameters.items()]
+        rates = {name: config.rate * scale[name] for name in self.parameters}
+        groups = [{"params": [p], "lr": rates[name], "first": rates[name]} for name, p in self.parameters.items()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.logits: str | None = None
+        self._dense: dict[int, dict[str, Tensor]] = {}
         self.done, self.start, self.least, self.stale = 0, math.inf, math.inf, 0
-        self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.best, self.average = ({name: p.detach().clone() for name, p in self.parameters.items()} for _ in range(2))
 
     @contextmanager
     def trained(self) -> Iterator[None]:
@@ -165,57 +172,82 @@ class _Work:
         self.start = self.least = self.validated()
         self._resume()
         total = self.config.epochs * len(self.steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _cosine(total))
         with counted("healing", total, show=progress) as advance:
             for _ in range(self.done * len(self.steps)):
-                schedule.step()
                 advance()
             while self.done < self.config.epochs and self.stale < self.config.patience:
-                self._epoch(schedule, advance)
+                self._epoch(total, advance)
                 self._keep()
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(self.best[name])
+        self._put(self.best)
         if self.config.checkpoint is not None:
             Path(self.config.checkpoint).unlink(missing_ok=True)
         return self.start, self.least, self.done
 
-    def _epoch(self, schedule: Any, advance: Callable[[], None]) -> None:
+    def _epoch(self, total: int, advance: Callable[[], None]) -> None:
         generator = torch.Generator().manual_seed(self.config.seed * 1000 + self.done)
-        for k in torch.randperm(len(self.steps), generator=generator).tolist():
+        order = torch.randperm(len(self.steps), generator=generator).tolist()
+        for step, k in enumerate(order, self.done * len(self.steps)):
             self.optimizer.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 loss = self._loss(self.steps[k])
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["first"] * _cosine(step, total)
             self.optimizer.step()
-            schedule.step()
+            self._average(step)
             advance()
         self.done += 1
 
+    def _average(self, step: int) -> None:
+        """Of the parameters after the last steps, with weights that fall off exponentially."""
+        share = 1 / min(step + 2, max(1.0, _AVERAGED * len(self.steps)))
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                self.average[name].lerp_(p, share)
+
     def _keep(self) -> None:
+        """Judge the average; the steps go on from where they are."""
+        now = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._put(self.average)
         value = self.validated()
+        self._put(now)
         if value < self.least * (1 - _LEAST_GAIN):
             self.least, self.stale = value, 0
-            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+            self.best = {name: tensor.clone() for name, tensor in self.average.items()}
         else:
             self.stale += 1
         if self.config.checkpoint is not None:
             self._save(Path(self.config.checkpoint))
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(values[name])
 
     def validated(self) -> float:
         with torch.no_grad():
             return sum(float(self._loss(call)) for call in self.apart) / len(self.apart)
 
     def _loss(self, call: Call) -> Tensor:
-        with torch.no_grad():
-            wanted = self._outputs(self.model, call)
+        wanted = self._wanted(call)
         given = self._outputs(self.small, call)
         if wanted.keys() != given.keys() or any(wanted[name].shape != given[name].shape for name in wanted):
             raise ModelError(
                 "the two models do not give the same outputs: is the dense model that of the compressed one?"
             )
         return divergence_of(wanted, given, self.logits)
+
+    def _wanted(self, call: Call) -> dict[str, Tensor]:
+        """The outputs of the dense model on a step's data; kept, where those of all steps have room."""
+        found = self._dense.get(id(call))
+        if found is None:
+            with torch.no_grad():
+                found = self._outputs(self.model, call)
+            size = sum(value.nbytes for value in found.values())
+            if size * (len(self.steps) + len(self.apart)) <= _OUTPUT_BYTES:
+                self._dense[id(call)] = found
+        return found
 
     def _outputs(self, model: nn.Module, call: Call) -> dict[str, Tensor]:
         args, kwargs = call
@@ -236,6 +268,7 @@ class _Work:
         from safetensors.torch import save
 
         tensors = {f"best/{name}": value for name, value in self.best.items()}
+        tensors |= {f"average/{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
             tensors[f"now/{name}"] = p.detach()
             state = self.optimizer.state[p]
@@ -260,6 +293,7 @@ class _Work:
                     for name, p in self.parameters.items():
                         p.copy_(file.get_tensor(f"now/{name}"))
                         self.best[name] = file.get_tensor(f"best/{name}").to(p.device)
+                        self.average[name] = file.get_tensor(f"average/{name}").to(p.device)
                         self.optimizer.state[p] = {
                             key: file.get_tensor(f"{key}/{name}").to(p.device if key != "step" else "cpu")
                             for key in ("exp_avg", "exp_avg_sq", "step")
@@ -282,13 +316,9 @@ def _trainable(small: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def _cosine(total: int) -> Callable[[int], float]:
+def _cosine(step: int, total: int) -> float:
     """Up from zero over the first twentieth of the steps, and down to zero on a half wave."""
     warm = max(1, round(_WARM * total))
-
-    def rate(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
-
-    return rate
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def test_healing_brings_the_outputs_nearer_on_data_that_it_has_not_seen() -> Non
     with torch.no_grad():
         changed = [n for n, p in cured.named_parameters() if not torch.equal(p, cut.get_parameter(n))]
     assert {"2.weight", "2.bias"} < set(changed)
+
+
+def test_averages_heal_where_single_steps_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate at which the parameters after an epoch's last step are worse than the start."""
+    dense = model()
+    cut = small_of(dense)
+    found = []
+    for reach in (0.5, 0.0):
+        monkeypatch.setattr(sys.modules["tdc.heal"], "_AVERAGED", reach)
+        cured = small_of(dense, heal=tdc.Heal(rate=0.1, examples=4, patience=1))
+        found.append(change(dense, cured, TEST))
+    assert found[0] < 0.9 * found[1]
+    assert found[1] == change(dense, cut, TEST)
 
 
 def test_healing_by_itself_is_that_of_compress_and_repeats_to_the_bit(tmp_path: Path) -> None:
