@@ -115,7 +115,7 @@ def text_detector(budget: str = "macs=0.5") -> dict[str, object]:
     statistics = tdc.calibrate(source, calibration, probe=probe)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.onnx"
-        report = tdc.compress_onnx(source, path, budget=budget, statistics=statistics)
+        report = tdc.compress_onnx(source, path, budget=budget, statistics=statistics, calibration=calibration)
         found = compared(session(source), session(path), held_out, "")
     row = {"budget": budget, "what": "320 x 320, onnxruntime", "wanted": "1.4"}
     row |= {key.replace("  ", " ").strip(): value for key, value in found.items()}

@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SVD, no data": {"allow": ("output_svd", "svd"), "metric": "weight"},
     "input metric, without gathers": {"allow": FORMATS},
     "input metric (default)": {},
+    "input metric, anchored": {"anchored": True},
 }
 
 
@@ -46,10 +47,12 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         for keep in (0.7, 0.5):
-            for method, options in METHODS.items():
+            for method, how in METHODS.items():
+                options = dict(how)
                 path = Path(folder) / "small.onnx"
-                free = options.get("metric") == "weight"
-                known = {} if free else {"statistics": statistics}
+                known: dict[str, Any] = {} if options.get("metric") == "weight" else {"statistics": statistics}
+                if options.pop("anchored", False):
+                    known["calibration"] = calibration
                 report = tdc.compress_onnx(source, path, budget=f"params={keep}", **known, **options)
                 row: dict[str, object] = {"method": method, "keep": keep, "sites": report.replaced}
                 row["candidates"] = len(report.sites)
