@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tdc.frontends.program import Change
 from tdc.ir import Candidate, Metric, Site
-from tdc.statistics import SiteStatistics, divergence, logits_among
+from tdc.statistics import SiteStatistics
 
 from ._pair import Pair
 from .base import Unit
 from .propose_layouts import metric_name
 
-__all__ = ["Anchored", "anchors_of", "held_out", "loses_more"]
+__all__ = ["Anchored", "anchors_of"]
 
 _MEMORY = 3 << 30
 """Bytes that the activations of all runs may take together, about."""
@@ -41,27 +41,6 @@ def anchors_of(unit: Unit, known: Mapping[int, SiteStatistics]) -> list[Any]:
     largest = max((e.seen / batches * e.site.matrix[2] / _taps(e.site) for e in known.values()), default=0.0)
     most = int(_MEMORY / max(1.0, 2 * 4 * _LIVE * largest))
     return list(unit.anchors[:most]) if most > 1 else []
-
-
-def held_out(anchors: Sequence[Any]) -> int:
-    """How many of the batches, the last ones, are kept apart to see whether anchoring helps: an eighth, at most four;
-    none of fewer than four.
-    """
-    return min(4, max(1, len(anchors) // 8)) if len(anchors) >= 4 else 0
-
-
-def loses_more(unit: Unit, first: Anchored, second: Anchored, batches: Sequence[Any]) -> tuple[float, float] | None:
-    """How far the outputs move on the batches with each of two fits, if they do more so with the first one."""
-    references = [unit.program.outputs(batch, {}) for batch in batches]
-    logits = logits_among(references[0])
-    moved = [
-        sum(
-            divergence(old, unit.program.outputs(b, fits.changes), logits)
-            for b, old in zip(batches, references, strict=True)
-        )
-        for fits in (first, second)
-    ]
-    return (moved[0] / len(batches), moved[1] / len(batches)) if moved[0] > moved[1] else None
 
 
 def _taps(site: Site) -> int:

@@ -12,9 +12,8 @@ from tdc import decompositions
 from tdc.errors import VerificationError
 from tdc.ir import DENSE, Candidate, Metric, Plan, Remark
 from tdc.progress import counted
-from tdc.statistics import SiteStatistics
 
-from ._anchor import Anchored, anchors_of, held_out, loses_more
+from ._anchor import Anchored, anchors_of
 from .base import Pass, Unit
 from .propose_joint import members_of
 from .propose_layouts import lowered, metric_name, metric_of, site_statistics
@@ -28,8 +27,7 @@ class FitFactors(Pass):
     remark.
 
     Where calibration data is at hand and the door can run the model in parts, each site is fitted on what the sites
-    before it, already cut, make of the data (see :class:`._anchor.Anchored`). Of four batches or more the last are
-    kept apart: where the outputs move more on them than with fits on what the dense model makes of it, those are taken.
+    before it, already cut, make of the data (see :class:`._anchor.Anchored`).
     """
 
     name = "fit-factors"
@@ -51,36 +49,9 @@ class FitFactors(Pass):
 
 
 def _anchored(unit: Unit, planned: Mapping[int, Candidate], advance: Callable[[], None]) -> tuple[Anchored, Unit]:
-    """The fits, and the unit with remarks on them."""
+    """The fits, and the unit with a remark where they could not be anchored."""
     known = site_statistics(unit)
-    anchors = anchors_of(unit, known) if metric_name(unit) != "weight" and planned else []
-    apart = held_out(anchors)
-    visit = _visitor(unit, planned, known, advance)
-    if anchors:
-        reason = unit.program.lockstep(
-            anchors[: len(anchors) - apart], [choice.site for choice in planned.values()], visit
-        )
-        if reason:
-            unit = unit.remarking(Remark("", FitFactors.name, f"not fitted to the cut model's own inputs: {reason}"))
-    _visit_rest(unit, visit)
-    if not visit.anchored or not apart:
-        return visit, unit
-    plain = _visitor(unit, planned, known, lambda: None)
-    _visit_rest(unit, plain)
-    moved = loses_more(unit, visit, plain, anchors[-apart:])
-    if moved is None:
-        return visit, unit
-    reason = (
-        f"fits to the inputs of the cut model move the outputs by {moved[0]:.4g} on {apart} held-out batch(es), those "
-        f"to the inputs of the dense model by {moved[1]:.4g}: the latter are taken"
-    )
-    return plain, unit.remarking(Remark("", FitFactors.name, reason))
-
-
-def _visitor(
-    unit: Unit, planned: Mapping[int, Candidate], known: Mapping[int, SiteStatistics], advance: Callable[[], None]
-) -> Anchored:
-    return Anchored(
+    visit = Anchored(
         unit,
         planned,
         known,
@@ -88,13 +59,15 @@ def _visitor(
         lambda choices, weights, metrics: _stored(unit, choices, weights, metrics),
         advance,
     )
-
-
-def _visit_rest(unit: Unit, visit: Anchored) -> None:
-    """The sites that no batches have reached."""
-    for site in unit.sites:
+    anchors = anchors_of(unit, known) if metric_name(unit) != "weight" and planned else []
+    if anchors:
+        reason = unit.program.lockstep(anchors, [choice.site for choice in planned.values()], visit)
+        if reason:
+            unit = unit.remarking(Remark("", FitFactors.name, f"not fitted to the cut model's own inputs: {reason}"))
+    for site in unit.sites:  # those that no batch has reached
         if site.order not in visit.factors and site.order not in visit.overflown:
             visit(site, ())
+    return visit, unit
 
 
 def _overflow(choice: Candidate) -> str:

@@ -217,24 +217,13 @@ def test_a_model_whose_runs_take_other_ways_is_fitted_without_and_says_so() -> N
     assert any("do not reach the sites in one order" in remark.reason for remark in report.remarks)
 
 
-def test_fits_that_lose_more_on_held_out_batches_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model is cut as without anchors where those lead astray; the report says so."""
+@pytest.mark.parametrize("rows", [32, 64, 256])
+def test_of_little_data_anchored_fits_make_more_too(rows: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    model, data = deep(generator), torch.randn(3000, 32, generator=generator)
-    batches = list(data[:2000].split(250))
+    model, data = deep(generator), torch.randn(2000, 32, generator=generator)
+    batches = list(data[:rows].split(rows // 4))
     known = tdc.calibrate(model, batches, progress=False)
-    options: dict[str, Any] = {"budget": "params=0.6", "statistics": known, "progress": False}
+    options: dict[str, Any] = {"budget": "params=0.8", "statistics": known, "allow": "pivoted", "progress": False}
     plain = tdc.compress(model, (data[:2],), **options)
-    target = Pair.target
-
-    def astray(self: Pair, weight: Tensor, metric: Any) -> Any:
-        new, own = target(self, weight, metric)
-        return new * 0.5, own
-
-    monkeypatch.setattr(Pair, "target", astray)
-    small = tdc.compress(model, (data[:2],), calibration=batches, **options)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), small.parameters(), strict=True))
-    (remark,) = [r.reason for r in tdc.report(small).remarks if "held-out" in r.reason]
-    assert "the latter are taken" in remark
-    few = tdc.compress(model, (data[:2],), calibration=batches[:3], **options)
-    assert not any("held-out" in r.reason for r in tdc.report(few).remarks)
+    anchored = tdc.compress(model, (data[:2],), calibration=batches, **options)
+    assert changed(model, anchored, data[rows:]) < changed(model, plain, data[rows:])
