@@ -116,7 +116,7 @@ class _Anchors:
 
     def read(self, unit: Unit) -> None:
         """The calibration data, for statistics that were gathered before."""
-        backwards = Backwards(unit, Gradients())
+        backwards = Backwards(unit, Gradients(summed=False))
         known = unit.statistics is not None and any(e.important is not None for e in unit.statistics.sites)
         batches = unit.program.batches(unit.calibration)
         for batch in track(batches, "weighing rows", show=unit.options.progress and known):

@@ -246,13 +246,14 @@ class Gradients:
     """Gathers ``sum g g^T`` over the gradients g of the loss in the outputs of sites: one (g, o, o) for each.
 
     A row's gradient is clipped to ten times the mean norm of its batch, since few tokens have by far the largest ones.
-    Nothing is kept of sites of more than ``WIDEST`` outputs. ``norms``: for each site and use in this batch ``||g||^2``
-    by row.
+    Nothing is kept of sites of more than ``WIDEST`` outputs, and of none where not ``summed``. ``norms``: for each site
+    and use in this batch ``||g||^2`` by row.
     """
 
     sums: dict[int, Moments] = field(default_factory=dict)
     """By ``site.order``."""
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
+    summed: bool = True
 
     def tap(self, site: Site, gradient: Tensor) -> None:
         """Take in one use's gradient: (..., o), or (examples, channels, window axes...)."""
@@ -260,7 +261,7 @@ class Gradients:
         rows = output_rows(site, gradient.detach())
         norm = rows.flatten(1).norm(dim=1)
         self.norms.setdefault(site.order, []).append(norm.square().double().cpu())
-        if outputs > WIDEST:
+        if outputs > WIDEST or not self.summed:
             return
         limit = _CLIP * norm[torch.isfinite(norm)].mean()
         rows = rows * (limit / norm.clamp(min=limit.clamp(min=torch.finfo(norm.dtype).tiny)))[:, None, None]
