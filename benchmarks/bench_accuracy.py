@@ -34,6 +34,7 @@ from unittest.mock import patch
 import torch
 from common import read_rows, shared_data, write_rows
 from torch import nn
+from vgg import cifar, hits, load_vgg11, mcnemar
 
 import tdc
 from tdc.passes.propose_joint import ProposeJoint
@@ -61,18 +62,18 @@ class Vgg11:
     heal = tdc.Heal(epochs=12, rate=2e-4)
 
     def __init__(self, draw: int = 0) -> None:
-        from vgg import accuracy, cifar, load_vgg11
-
         self.model: nn.Module = load_vgg11()
         start = (0, 8192, 24576)[draw]
         self.calibration: Any = list(cifar("train", 8192, start)[0].split(256))
         self.probe: Any = list(cifar("train", 512, 20000)[0].split(256))
-        self._data, self._accuracy = cifar("dev"), accuracy
-        self._dense = self._accuracy(self.model, *self._data)
+        self._data = cifar("dev")
+        self._dense = hits(self.model, *self._data)
 
     def measured(self, small: nn.Module) -> dict[str, str]:
-        right = self._accuracy(small, *self._data)
-        return {"accuracy": f"{right:.2f}", "against dense": f"{self._dense - right:.2f} points lost"}
+        right = hits(small, *self._data)
+        lost = 100 * float(self._dense.float().mean() - right.float().mean())
+        against = f"{lost:.2f} points lost (McNemar {mcnemar(self._dense, right):.2g})"
+        return {"accuracy": f"{100 * float(right.float().mean()):.2f}", "against dense": against}
 
 
 class MiniLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from common import shared_data
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-__all__ = ["VGG11", "accuracy", "cifar", "load_vgg11"]
+__all__ = ["VGG11", "accuracy", "cifar", "hits", "load_vgg11", "mcnemar"]
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PLAN = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
@@ -58,6 +59,19 @@ def cifar(part: str, count: int | None = None, start: int = 0) -> tuple[Tensor, 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Percent of the images that are classified right."""
+    return 100 * float(hits(model, images, labels).float().mean())
+
+
+def hits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether each image is classified right."""
     with torch.no_grad():
-        answers = torch.cat([model(part).argmax(1) for part in images.split(500)])
-    return 100 * float((answers == labels).float().mean())
+        return torch.cat([model(part).argmax(1) for part in images.split(500)]) == labels
+
+
+def mcnemar(first: Tensor, second: Tensor) -> float:
+    """How likely a difference of at least that size is among images that one of two models has right and the other not,
+    were they equally good: the exact two-sided test of McNemar (1947).
+    """
+    only, other = int((first & ~second).sum()), int((second & ~first).sum())
+    ways = sum(math.comb(only + other, k) for k in range(min(only, other) + 1))
+    return min(1.0, 2 * ways / 2 ** (only + other))
