@@ -59,7 +59,7 @@ BUDGETS = {
 
 
 class Vgg11:
-    heal = tdc.Heal(epochs=12, rate=2e-4)
+    heal = tdc.Heal(epochs=12)
 
     def __init__(self, draw: int = 0) -> None:
         self.model: nn.Module = load_vgg11()
@@ -77,7 +77,7 @@ class Vgg11:
 
 
 class MiniLM:
-    heal = tdc.Heal(epochs=12, rate=1e-4, examples=16)
+    heal = tdc.Heal(epochs=12, examples=16)
 
     def __init__(self, draw: int = 0) -> None:
         from tdc.demo import Encoder, load_minilm, sentences
@@ -97,7 +97,7 @@ class MiniLM:
 
 
 class SmolLM2:
-    heal = tdc.Heal(epochs=3, rate=1e-4, examples=1)
+    heal = tdc.Heal(epochs=3, examples=1)
 
     def __init__(self, draw: int = 0) -> None:
         from bench_smollm2 import WINDOW, load, perplexity

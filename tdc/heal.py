@@ -30,6 +30,7 @@ _FORMAT = "tdc-heal"
 _WARM = 0.05
 _CLIP = 1.0
 _LEAST_GAIN = 1e-3
+_RATE, _RATE_BY_ROOT = 1e-3, 2e-3
 _AVERAGED = 0.5
 """Of an epoch's steps, over how many the average of the parameters reaches back."""
 _OUTPUT_BYTES = 1 << 28
@@ -40,13 +41,14 @@ class Heal:
     """How to heal.
 
     ``epochs``: at most, fewer where ``patience`` of them in a row bring nothing on the held-out part. ``rate``: the
-    first steps move the entries of a parameter by this fraction of its root mean square. ``examples``: in a step,
+    first steps move the entries of a parameter by this fraction of its root mean square; by default ``2e-3 sqrt(d)``,
+    at most 1e-3, of the divergence d at the start, which grows with the square of such moves. ``examples``: in a step,
     larger batches are cut. ``held_out``: the fraction of the steps' data that nothing is learnt from. ``checkpoint``: a
     file, written after each epoch, from which the same work goes on after an interruption; removed at the end.
     """
 
     epochs: int = 20
-    rate: float = 2e-4
+    rate: float | None = None
     examples: int = 32
     held_out: float = 0.1
     patience: int = 4
@@ -58,7 +60,7 @@ class Heal:
             name
             for name, good in (
                 ("epochs", self.epochs >= 1),
-                ("rate", 0 < self.rate < 1),
+                ("rate", self.rate is None or 0 < self.rate < 1),
                 ("examples", self.examples >= 1),
                 ("held_out", 0 < self.held_out <= 0.5),
                 ("patience", self.patience >= 1),
@@ -142,9 +144,8 @@ class _Work:
     ) -> None:
         self.small, self.model, self.steps, self.apart, self.config = small, model, steps, apart, config
         self.parameters = _trainable(small)
-        scale = {name: max(float(p.detach().square().mean().sqrt()), 1e-8) for name, p in self.parameters.items()}
-        rates = {name: config.rate * scale[name] for name in self.parameters}
-        groups = [{"params": [p], "lr": rates[name], "first": rates[name]} for name, p in self.parameters.items()]
+        sizes = [max(float(p.detach().square().mean().sqrt()), 1e-8) for p in self.parameters.values()]
+        groups = [{"params": [p], "size": size} for p, size in zip(self.parameters.values(), sizes, strict=True)]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.logits: str | None = None
         self._dense: dict[int, dict[str, Tensor]] = {}
@@ -184,6 +185,7 @@ class _Work:
         return self.start, self.least, self.done
 
     def _epoch(self, total: int, advance: Callable[[], None]) -> None:
+        rate = self.config.rate or min(_RATE, _RATE_BY_ROOT * math.sqrt(max(self.start, 0.0)))
         generator = torch.Generator().manual_seed(self.config.seed * 1000 + self.done)
         order = torch.randperm(len(self.steps), generator=generator).tolist()
         for step, k in enumerate(order, self.done * len(self.steps)):
@@ -193,7 +195,7 @@ class _Work:
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
             for group in self.optimizer.param_groups:
-                group["lr"] = group["first"] * _cosine(step, total)
+                group["lr"] = rate * group["size"] * _cosine(step, total)
             self.optimizer.step()
             self._average(step)
             advance()
