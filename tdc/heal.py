@@ -34,13 +34,14 @@ _RATE, _RATE_BY_ROOT = 1e-3, 2e-3
 _AVERAGED = 0.5
 """Of an epoch's steps, over how many the average of the parameters reaches back."""
 _OUTPUT_BYTES = 1 << 28
+_PLACE = ("done", "stale", "least", "last")
 
 
 @dataclass(frozen=True)
 class Heal:
     """How to heal.
 
-    ``epochs``: at most, fewer where ``patience`` of them in a row bring nothing on the held-out part. ``rate``: the
+    ``epochs``: at most, fewer where ``patience`` of them in a row bring nothing more on the held-out part. ``rate``: the
     first steps move the entries of a parameter by this fraction of its root mean square; by default ``2e-3 sqrt(d)``,
     at most 1e-3, of the divergence d at the start, which grows with the square of such moves. ``examples``: in a step,
     larger batches are cut. ``held_out``: the fraction of the steps' data that nothing is learnt from. ``checkpoint``: a
@@ -149,7 +150,8 @@ class _Work:
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.logits: str | None = None
         self._dense: dict[int, dict[str, Tensor]] = {}
-        self.done, self.start, self.least, self.stale = 0, math.inf, math.inf, 0
+        self.done, self.stale = 0, 0
+        self.start, self.least, self.last = math.inf, math.inf, math.inf
         self.best, self.average = ({name: p.detach().clone() for name, p in self.parameters.items()} for _ in range(2))
 
     @contextmanager
@@ -170,7 +172,7 @@ class _Work:
     def run(self, progress: bool) -> tuple[float, float, int]:
         """Divergences on the held-out part before and after, and the number of epochs."""
         self.logits = logits_among(self._outputs(self.model, self.steps[0]))
-        self.start = self.least = self.validated()
+        self.start = self.least = self.last = self.validated()
         self._resume()
         total = self.config.epochs * len(self.steps)
         with counted("healing", total, show=progress) as advance:
@@ -214,11 +216,10 @@ class _Work:
         self._put(self.average)
         value = self.validated()
         self._put(now)
-        if value < self.least * (1 - _LEAST_GAIN):
-            self.least, self.stale = value, 0
-            self.best = {name: tensor.clone() for name, tensor in self.average.items()}
-        else:
-            self.stale += 1
+        self.stale = 0 if value < self.last * (1 - _LEAST_GAIN) else self.stale + 1
+        self.last = value
+        if value < self.least:
+            self.least, self.best = value, {name: tensor.clone() for name, tensor in self.average.items()}
         if self.config.checkpoint is not None:
             self._save(Path(self.config.checkpoint))
 
@@ -275,7 +276,7 @@ class _Work:
             tensors[f"now/{name}"] = p.detach()
             state = self.optimizer.state[p]
             tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
-        place = {"done": self.done, "least": self.least, "stale": self.stale}
+        place = {key: getattr(self, key) for key in _PLACE}
         head_ = {"tdc": json.dumps({**self._identity, **place})}
         atomic_write(path, save({name: value.contiguous().cpu() for name, value in tensors.items()}, metadata=head_))
 
@@ -290,7 +291,8 @@ class _Work:
                 found = json.loads((file.metadata() or {}).get("tdc", "{}"))
                 if {key: found.get(key) for key in self._identity} != self._identity:
                     raise OptionError(f"the checkpoint {path} belongs to other work: remove it, or name another file")
-                self.done, self.least, self.stale = (found[key] for key in ("done", "least", "stale"))
+                for key in _PLACE:
+                    setattr(self, key, found[key])
                 with torch.no_grad():
                     for name, p in self.parameters.items():
                         p.copy_(file.get_tensor(f"now/{name}"))
