@@ -41,11 +41,12 @@ _PLACE = ("done", "stale", "least", "last")
 class Heal:
     """How to heal.
 
-    ``epochs``: at most, fewer where ``patience`` of them in a row bring nothing more on the held-out part. ``rate``: the
-    first steps move the entries of a parameter by this fraction of its root mean square; by default ``2e-3 sqrt(d)``,
-    at most 1e-3, of the divergence d at the start, which grows with the square of such moves. ``examples``: in a step,
-    larger batches are cut. ``held_out``: the fraction of the steps' data that nothing is learnt from. ``checkpoint``: a
-    file, written after each epoch, from which the same work goes on after an interruption; removed at the end.
+    ``epochs``: at most, fewer where ``patience`` of them in a row bring nothing more on the held-out part. ``rate``:
+    the first steps move the entries of a parameter by this fraction of its root mean square; by default
+    ``2e-3 sqrt(d)``, at most 1e-3, of the divergence d at the start, which grows with the square of such moves.
+    ``examples``: in a step, larger batches are cut. ``held_out``: the fraction of the steps' data that nothing is
+    learnt from. ``checkpoint``: a file, written after each epoch, from which the same work goes on after an
+    interruption; removed at the end.
     """
 
     epochs: int = 20
