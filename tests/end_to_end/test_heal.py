@@ -60,6 +60,21 @@ def test_healing_brings_the_outputs_nearer_on_data_that_it_has_not_seen() -> Non
     assert {"2.weight", "2.bias"} < set(changed)
 
 
+def test_by_default_steps_are_small_where_there_is_little_to_gain() -> None:
+    """The less the model was cut, the less far it is moved; it gets better in both cases."""
+    dense = model()
+    moved = []
+    for budget in ("params=0.5", "params=0.7"):
+        cut, cured = (
+            tdc.compress(dense, budget=budget, calibration=list(TRAIN.split(128)), progress=False, heal=heal)
+            for heal in (False, tdc.Heal(epochs=8, examples=16))
+        )
+        assert change(dense, cured, TEST) < change(dense, cut, TEST)
+        pairs = zip(cut.parameters(), cured.parameters(), strict=True)
+        moved.append(max(float((a - b).detach().norm() / a.norm()) for a, b in pairs if a.ndim == 2))
+    assert moved[1] < 0.7 * moved[0]
+
+
 def test_averages_heal_where_single_steps_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a rate at which the parameters after an epoch's last step are worse than the start."""
     dense = model()
