@@ -3,13 +3,13 @@
     python benchmarks/bench_accuracy.py vgg11 | minilm | smollm2 [--parts ...] [--budgets ...] [--draw 0]
 
 `input`: planned and fitted in the metric of the inputs. `fisher`: in that of the output gradients too. `anchored`: each
-layer fitted on what the layers before it, already cut, give. `healed`: then trained on the same data, without labels.
+layer fitted on what the layers before it, already cut, give. `healed`: then trained, without labels.
 Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no pivoted` (formats without gathers),
 `no joint` (inputs that layers share are not made use of), `no bias` (the mean of an error does not go into the bias).
 
-Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics, fits and healing (draws
-1 and 2: 8192 to 16383, 24576 to 32767), 20000 to 20511 for the sensitivities, the 5,000 development images to measure
-on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512. SmolLM2: windows of WikiText-2's validation part, 0 to 23
+Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics and fits (draws 1 and 2:
+8192 to 16383, 24576 to 32767), 0 to 19999 for healing, 20000 to 20511 for the sensitivities, the 5,000 development
+images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512. SmolLM2: windows of WikiText-2's validation part, 0 to 23
 (draws 1 and 2: 60 to 83, 84 to 107), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`: perplexity on text of
 another domain, docstrings of Python's standard library, over the dense one. `--statistics`: kept in that file, or read
 from it; `--models`: what `anchored` gives is kept in that folder, and `healed` starts from it.
@@ -66,6 +66,7 @@ class Vgg11:
         start = (0, 8192, 24576)[draw]
         self.calibration: Any = list(cifar("train", 8192, start)[0].split(256))
         self.probe: Any = list(cifar("train", 512, 20000)[0].split(256))
+        self.healing: Any = list(cifar("train", 20000)[0].split(256))
         self._data = cifar("dev")
         self._dense = hits(self.model, *self._data)
 
@@ -89,6 +90,7 @@ class MiniLM:
             raise SystemExit("skipped: there are sentences for one draw only")
         parts = (shuffled[:2048], shuffled[2048:2112], shuffled[2112:2624])
         self.calibration, self.probe, self._held_out = (self.encoder.batches(part) for part in parts)
+        self.healing = self.calibration
         self._reference = self.encoder.of_module(self.model, self._held_out)
 
     def measured(self, small: nn.Module) -> dict[str, str]:
@@ -107,6 +109,7 @@ class SmolLM2:
         windows = [ids[k * WINDOW : (k + 1) * WINDOW][None] for k in range(108)]
         first = (0, 60, 84)[draw]
         self.calibration = [{"input_ids": w, "use_cache": False} for w in windows[first : first + 24]]
+        self.healing = self.calibration
         self.probe = [{"input_ids": torch.cat([w[:, :128] for w in windows[24:28]]), "use_cache": False}]
         self._held_out, self._perplexity = windows[40:60], perplexity
         other = torch.tensor(tokenizer(docstrings()).input_ids)
@@ -195,17 +198,13 @@ def main() -> None:
 
 def compressed(case: Any, plan: tdc.Plan, statistics: tdc.Statistics, how: Any, kept: Path | None) -> nn.Module:
     """Compressed as a part says; where healing can start from what is kept, it does."""
-    if how.get("healed") and kept and kept.exists():
+    healed = how.get("healed", False)
+    if healed and kept and kept.exists():
         small: nn.Module = torch.load(kept, weights_only=False)
-        return tdc.heal(small, case.model, case.calibration, config=case.heal)
-    return tdc.compress(
-        case.model,
-        case.calibration[0],
-        plan=plan,
-        statistics=statistics,
-        calibration=case.calibration if how.get("calibrated") else None,
-        heal=case.heal if how.get("healed") else False,
-    )
+    else:
+        calibration = case.calibration if how.get("calibrated") else None
+        small = tdc.compress(case.model, case.calibration[0], plan=plan, statistics=statistics, calibration=calibration)
+    return tdc.heal(small, case.model, case.healing, config=case.heal) if healed else small
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,32 @@ def test_healing_brings_the_outputs_nearer_on_data_that_it_has_not_seen() -> Non
     with torch.no_grad():
         changed = [n for n, p in cured.named_parameters() if not torch.equal(p, cut.get_parameter(n))]
     assert {"2.weight", "2.bias"} < set(changed)
+
+
+def test_blends_are_of_two_examples_and_of_floating_inputs_only() -> None:
+    blended = sys.modules["tdc.heal"].blended
+    x, y = torch.randn(6, 3, 4), torch.arange(6.0)
+    (first, flag), named = blended(((x, True), {"y": y}), torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    share, order = torch.rand(6, generator=generator), torch.randperm(6, generator=generator)
+    assert flag is True
+    assert torch.allclose(first, share[:, None, None] * x + (1 - share)[:, None, None] * x[order])
+    assert torch.allclose(named["y"], share * y + (1 - share) * y[order])
+    for call in (((x, torch.ones(6, dtype=torch.long)), {}), ((x[:1],), {}), ((x, (y,)), {}), ((x, y[:2]), {})):
+        assert blended(call, generator) is None
+
+
+def test_blends_make_more_of_little_data() -> None:
+    dense, few = model(), list(TRAIN[:128].split(32))
+    cut = tdc.compress(dense, budget="params=0.6", calibration=few, progress=False)
+    lost = []
+    for blends in (0.5, 0.0):
+        cured = copy.deepcopy(cut)
+        config = tdc.Heal(epochs=40, rate=2e-3, examples=8, patience=40, blends=blends)
+        tdc.heal(cured, dense, few, config=config, progress=False)
+        lost.append(change(dense, cured, TEST))
+    assert lost[0] < 0.97 * lost[1]
+    assert lost[1] < change(dense, cut, TEST)
 
 
 def test_by_default_steps_are_small_where_there_is_little_to_gain() -> None:
