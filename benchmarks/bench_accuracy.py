@@ -9,10 +9,10 @@ Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no pivot
 
 Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics and fits (draws 1 and 2:
 8192 to 16383, 24576 to 32767), 0 to 19999 for healing, 20000 to 20511 for the sensitivities, the 5,000 development
-images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512. SmolLM2: windows of WikiText-2's validation part, 0 to 23
-(draws 1 and 2: 60 to 83, 84 to 107), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`: perplexity on text of
-another domain, docstrings of Python's standard library, over the dense one. `--statistics`: kept in that file, or read
-from it; `--models`: what `anchored` gives is kept in that folder, and `healed` starts from it.
+images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512. SmolLM2: windows of WikiText-2's validation
+part, 0 to 23 (draws 1 and 2: 60 to 83, 84 to 107), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`:
+perplexity on text of another domain, docstrings of Python's standard library, over the dense one. `--statistics`: kept
+in that file, or read from it; `--models`: what `anchored` gives is kept in that folder, and `healed` starts from it.
 
 Rows are added to results/accuracy.csv, in place of earlier ones of the same model, part, budget and draw.
 """
