@@ -219,7 +219,7 @@ def compress(
             parameters (``macs=min``: multiply-adds) as move the outputs by that, in nats of logits or their relative
             square, on the probe, else the calibration batches. ``"latency=0.7"`` (of dense), ``"latency_ms=12"``: what
             a run on the example may take here, or of all ``workload``: pairs of inputs and how often they are run.
-        calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or the path of a saved file.
+        calibration: data as for :func:`calibrate`; or ``statistics``: what it returned, or its file; both anchor fits.
         metric: norm of the error: ``weight`` (Frobenius, no data), ``input`` (mean squared error of the layer's output
             on the data), ``fisher`` (weighted by the gradients of the model's loss in it), ``auto``: the best possible.
         target, plan: the machine, see ``tdc target list``; a Plan, or the path of one, to apply instead of a budget.
