@@ -19,7 +19,7 @@ from ..program import Change
 from .calibration import Batch
 from .running import with_weight_inputs
 from .runtime import Session, first_line, ort_errors
-from .tensors import array, stored, to_torch
+from .tensors import entries_of, stored, to_torch
 from .uses import Match, Use
 
 __all__ = ["Parts"]
@@ -43,9 +43,8 @@ class _Stop:
         return {value.name or "" for value in (self.activation, self.beside) if value is not None}
 
     def tensors(self, values: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        entering = to_torch(_known(self.activation, values))
-        beside = None if self.beside is None else to_torch(_known(self.beside, values))
-        return entering.swapaxes(-1, -2) if self.use.turned else entering, beside
+        beside = None if self.beside is None else to_torch(entries_of(self.beside, values))
+        return self.use.oriented(entries_of(self.activation, values)), beside
 
 
 class Parts:
@@ -57,8 +56,8 @@ class Parts:
         self.model, fed = with_weight_inputs(model, matches)
         self.fed = {entry.name: entry for entry in fed}
         graph = self.model.graph
-        self._constants = {node.outputs[0].name: node for node in graph if node.op_type == "Constant"}
-        self._nodes = [node for node in graph if node.op_type != "Constant"]
+        self._constants = {node.outputs[0].name: node for node in graph if _is_constant(node)}
+        self._nodes = [node for node in graph if not _is_constant(node)]
         self._made = {value.name or "": (k, value) for k, node in enumerate(self._nodes) for value in node.outputs}
         """Of each value that is computed, the place of its operator."""
         self._stops = sorted(self._found(matches, {site.order for site in sites}), key=lambda stop: stop.place)
@@ -134,12 +133,11 @@ class Parts:
         for value in entering:
             value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(known[value.name or ""].dtype)), None
         given = [value for value in graph.inputs if value.name in read]
-        stored = [value for name, value in graph.initializers.items() if name in read]
         view = ir.GraphView(
             [*given, *entering],
             produced,
             nodes=[*own, *nodes],
-            initializers=stored,
+            initializers=[value for name, value in graph.initializers.items() if name in read],
             opset_imports=graph.opset_imports,
             name="part",
         )
@@ -148,13 +146,8 @@ class Parts:
         return k, Session(part), reads, tuple(value.name or "" for value in produced)
 
 
-def _known(value: ir.Value, values: Mapping[str, Any]) -> np.ndarray:
-    """Computed, given, or stored."""
-    if (name := value.name or "") in values:
-        return values[name]
-    tensor = stored(value)
-    assert tensor is not None
-    return array(tensor)
+def _is_constant(node: ir.Node) -> bool:
+    return node.op_type == "Constant" and node.domain == ""
 
 
 def _read(node: ir.Node) -> Iterator[str]:

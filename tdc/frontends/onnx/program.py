@@ -29,9 +29,9 @@ from .parts import Parts
 from .running import Fed, clone, double, moved, with_taps, with_weight_inputs
 from .runtime import Session, first_line, free_names, ort_errors
 from .tail import scales
-from .tensors import array, constant_tensor, graphs, to_torch
+from .tensors import constant_tensor, entries_of, graphs, to_torch
 from .timing import Met, Stopwatch, example_of, whole
-from .uses import Match, Use
+from .uses import Match
 
 __all__ = ["OnnxProgram"]
 
@@ -92,27 +92,14 @@ class OnnxProgram:
         sites = tuple(sites)
         self._seen = self._seen or batch
         session, names = self._tapped_session(tuple(site.order for site in sites))
-        values = dict(zip(names, self._run(session, names, batch), strict=True))
+        values = batch | dict(zip(names, self._run(session, names, batch), strict=True))
         shown: dict[tuple[str, bool], Tensor] = {}
         for site in sites:
             for use in self._match(site.order).uses:
                 key = (use.activation.name or "", use.turned)
                 if key not in shown:
-                    shown[key] = self._activation(use, values, batch)
+                    shown[key] = use.oriented(entries_of(use.activation, values))
                 tap(site, shown[key])
-
-    def _activation(self, use: Use, values: Mapping[str, Any], batch: Batch) -> Tensor:
-        tensor = to_torch(self._entries(use, values, batch))
-        return tensor.swapaxes(-1, -2) if use.turned else tensor
-
-    def _entries(self, use: Use, values: Mapping[str, Any], batch: Batch) -> Any:
-        """What enters a use: computed, given, or stored."""
-        value = use.activation
-        name = value.name or ""
-        if name in values or name in batch:
-            return values[name] if name in values else batch[name]
-        assert value.const_value is not None
-        return array(value.const_value)
 
     def gradients(
         self, batch: Any, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
@@ -183,10 +170,10 @@ class OnnxProgram:
         met: dict[int, list[Met]] = {}
         if sites:  # asked for none, it says that times can be had
             session, names = self._tapped_session(tuple(site.order for site in sites))
-            values = dict(zip(names, self._run(session, names, batch), strict=True))
+            values = batch | dict(zip(names, self._run(session, names, batch), strict=True))
             for site in sites:
                 uses = self._match(site.order).uses
-                met[site.order] = [Met(use, self._entries(use, values, batch)) for use in uses]
+                met[site.order] = [Met(use, entries_of(use.activation, values)) for use in uses]
         return Stopwatch(self.model, whole(self.model, batch), sites, met)
 
     def _example(self) -> Batch | None:

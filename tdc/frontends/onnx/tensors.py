@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "array", "behind", "constant_tensor", "constants", "graphs", "stored", "to_numpy", "to_torch"]
+__all__ = [
+    "FLOATS",
+    "array",
+    "behind",
+    "constant_tensor",
+    "constants",
+    "entries_of",
+    "graphs",
+    "stored",
+    "to_numpy",
+    "to_torch",
+]
 
 FLOATS = {
     ir.DataType.FLOAT: "float32",
@@ -89,3 +101,12 @@ def stored(value: ir.Value) -> ir.TensorProtocol | None:
     """The tensor of an initializer, or of a Constant's output; None for every other value."""
     producer = value.producer()
     return value.const_value if producer is None else constant_tensor(producer)
+
+
+def entries_of(value: ir.Value, known: Mapping[str, Any]) -> Any:
+    """What a value holds: computed or given, by name, or stored."""
+    if (name := value.name or "") in known:
+        return known[name]
+    tensor = stored(value)
+    assert tensor is not None
+    return array(tensor)

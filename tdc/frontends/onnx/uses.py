@@ -50,6 +50,11 @@ class Use:
         """Whether the activation has its input axis second to last."""
         return not self.form.kind.is_conv and not self.form.input_last
 
+    def oriented(self, activation: np.ndarray) -> Tensor:
+        """As a tensor that has its input axis last (of a convolution: as it is)."""
+        tensor = to_torch(activation)
+        return tensor.swapaxes(-1, -2) if self.turned else tensor
+
     @property
     def output(self) -> ir.Value:
         """What a replacement makes: the output of the operator, or of the normalisation behind it."""
