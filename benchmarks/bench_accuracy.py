@@ -10,9 +10,10 @@ Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no pivot
 Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics and fits (draws 1 and 2:
 8192 to 16383, 24576 to 32767), 0 to 19999 for healing, 20000 to 20511 for the sensitivities, the 5,000 development
 images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512. SmolLM2: windows of WikiText-2's validation
-part, 0 to 23 (draws 1 and 2: 60 to 83, 84 to 107), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`:
-perplexity on text of another domain, docstrings of Python's standard library, over the dense one. `--statistics`: kept
-in that file, or read from it; `--models`: what `anchored` gives is kept in that folder, and `healed` starts from it.
+part, 0 to 23 (draws 1 and 2: 60 to 83, 84 to 107; with all from 108 on for healing), the first 128 tokens of 24 to 27,
+and 40 to 59; `elsewhere`: perplexity on text of another domain, docstrings of Python's standard library, over the
+dense one. `--statistics`: kept in that file, or read from it; `--models`: what `anchored` gives is kept in that folder,
+`healed` starts from it, and goes on there after an interruption.
 
 Rows are added to results/accuracy.csv, in place of earlier ones of the same model, part, budget and draw.
 """
@@ -99,17 +100,18 @@ class MiniLM:
 
 
 class SmolLM2:
-    heal = tdc.Heal(epochs=3, examples=1)
+    heal = tdc.Heal(epochs=2, examples=1)
 
     def __init__(self, draw: int = 0) -> None:
         from bench_smollm2 import WINDOW, load, perplexity
 
         self.model, tokenizer = load()
         ids = torch.tensor(tokenizer(shared_data("wikitext2_valid.txt").read_text()).input_ids)
-        windows = [ids[k * WINDOW : (k + 1) * WINDOW][None] for k in range(108)]
+        windows = [ids[k * WINDOW : (k + 1) * WINDOW][None] for k in range(len(ids) // WINDOW)]
         first = (0, 60, 84)[draw]
         self.calibration = [{"input_ids": w, "use_cache": False} for w in windows[first : first + 24]]
-        self.healing = self.calibration
+        more = torch.cat([*windows[first : first + 24], *windows[108:]]).reshape(-1, WINDOW // 2)
+        self.healing = [{"input_ids": half[None], "use_cache": False} for half in more]
         self.probe = [{"input_ids": torch.cat([w[:, :128] for w in windows[24:28]]), "use_cache": False}]
         self._held_out, self._perplexity = windows[40:60], perplexity
         other = torch.tensor(tokenizer(docstrings()).input_ids)
@@ -204,7 +206,10 @@ def compressed(case: Any, plan: tdc.Plan, statistics: tdc.Statistics, how: Any, 
     else:
         calibration = case.calibration if how.get("calibrated") else None
         small = tdc.compress(case.model, case.calibration[0], plan=plan, statistics=statistics, calibration=calibration)
-    return tdc.heal(small, case.model, case.healing, config=case.heal) if healed else small
+    if not healed:
+        return small
+    config = replace(case.heal, checkpoint=kept and kept.with_name(f"{kept.stem} healing.safetensors"))
+    return tdc.heal(small, case.model, case.healing, config=config)
 
 
 @cache
