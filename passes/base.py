@@ -64,8 +64,11 @@ class Unit:
     shifts: Mapping[int, Tensor] = field(default_factory=dict)
     """What is added to the bias of sites whose metric leaves the mean of the error to it."""
     blocks: Mapping[int, Block] = field(default_factory=dict)
+    kept: Mapping[int, Tensor] = field(default_factory=dict)
+    """Group number -> the hidden units that are kept, in rising order."""
     output_orders: Mapping[int, Tensor] = field(default_factory=dict)
-    """For sites whose gather is folded: entry k of the output that they give is entry ``order[k]`` of the dense one."""
+    """For sites whose gather is folded, or that give fewer hidden units: entry k of the output that they give is entry
+    ``order[k]`` of the dense one."""
     remarks: tuple[Remark, ...] = ()
     result: Any = None
 

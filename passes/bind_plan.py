@@ -11,6 +11,7 @@ from tdc.ir import Candidate, Decline, Plan, Remark, Site, assign
 from tdc.planning.cost import block_cost, dense_cost
 from tdc.statistics import SiteStatistics
 
+from ._hidden import hidden_members, sites_of
 from .base import Pass, Unit
 from .propose_joint import members_of, with_costs
 from .propose_layouts import Work, lowered, site_statistics
@@ -47,6 +48,7 @@ class BindPlan(Pass):
             if site is None:
                 raise PlanError(_misfit(choice.site, unit))
             bound.append(replace(choice, site=site))
+        _check_hidden(bound, {site.order: site for site in unit.sites})
         bound, apart = _whole_groups(bound)
         remarks += apart
         bound = [_bound(choice, unit, known.get(choice.site.order)) for choice in bound]
@@ -90,6 +92,19 @@ def _whole_groups(bound: list[Candidate]) -> tuple[list[Candidate], list[Remark]
     return [_alone(c) if c.site.order in alone else c for c in bound], remarks
 
 
+def _check_hidden(bound: list[Candidate], here: Mapping[int, Site]) -> None:
+    """Raises PlanError where hidden units are to be left out that this model does not have."""
+    for members in hidden_members(bound).values():
+        reader = members[-1]
+        own = sites_of(reader.site, here) or ()
+        told = {(c.site.order, c.hidden.axis, c.hidden.width) for c in members if c.hidden is not None}
+        width = reader.hidden.width if reader.hidden else 0
+        wanted = {(s.order, "i" if s is own[-1] else "o", width) for s in own}
+        if told != wanted or not 1 <= width <= reader.site.axes["i"]:
+            names = ", ".join(c.site.name for c in members)
+            raise PlanError(f"the plan keeps {width} hidden units between {names}: they cannot be left out here")
+
+
 def _alone(choice: Candidate) -> Candidate:
     full = decompositions.get(choice.decomposition).full_ranks(choice.site.axes, choice.variant)
     ranks = tuple((axis, min(rank, full.get(axis, rank))) for axis, rank in choice.ranks)
@@ -118,7 +133,7 @@ def _bound(choice: Candidate, unit: Unit, entry: SiteStatistics | None) -> Candi
         decomposition = decompositions.get(choice.decomposition)
     except OptionError as error:
         raise PlanError(f"{site.name}: {error}") from error
-    if not decomposition.variants(site.axes):
+    if not decomposition.variants(site.axes) and choice.hidden is None:
         raise PlanError(f"{site.name}: {choice.decomposition} does not apply to {site.kind.value} sites")
     try:
         layout, block = lowered(unit.target, here)

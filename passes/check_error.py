@@ -11,6 +11,7 @@ from tdc import decompositions
 from tdc.ir import Candidate, Layout, Metric, Remark, Site
 from tdc.statistics import SiteStatistics
 
+from ._hidden import widened
 from .base import Pass, SiteErrors, Unit
 from .fit_factors import left_dense
 from .propose_layouts import lowered, metric_of, site_statistics
@@ -51,6 +52,8 @@ class CheckError(Pass):
             stored = {k: f.double() if f.is_floating_point() else f for k, f in unit.factors[order].items()}
             layout, _ = lowered(unit.target, choice)
             rebuilt = decompositions.rebuild(stored, layout)
+            if choice.hidden is not None:
+                rebuilt = widened(choice.hidden, unit.kept[choice.hidden.group], rebuilt, weight)
             metric = metric_of(unit, choice.site, known.get(order), weight, fitting=False)
             expected = _optimism(choice, layout, known.get(order)) if metric.name != "weight" else 1.0
             errors[order] = found = SiteErrors(
@@ -99,6 +102,8 @@ def _optimism(choice: Candidate, layout: Layout, entry: SiteStatistics | None) -
     coordinates (Hocking 1976), up to a factor of three.
     """
     fitted = decompositions.get(choice.decomposition).fitted(layout)
+    if choice.hidden is not None and choice.hidden.axis == "i":
+        fitted = choice.hidden.width
     rows = entry.rows if entry is not None else 0
     return (rows + fitted) / (rows - fitted) if rows > 2 * fitted else 3.0
 

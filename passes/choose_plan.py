@@ -26,6 +26,7 @@ from .propose_layouts import metric_name
 __all__ = ["ChoosePlan"]
 
 _ROUNDS = 3
+_EXACT = 8
 _SUGGESTED = (
     "no budget: each weight has the ranks that {} suggests, in the format of least n ln(error) + params ln(n), "
     "n the numbers in the weight"
@@ -133,10 +134,17 @@ def _with_groups(unit: Unit, budget: Budget) -> _Choice:
     """The best allocation with some of the groups decided jointly: those that lose less so at the price of the last
     one, and none where that is no better.
     """
-    best, joined = _allocated(unit, budget, frozenset()), frozenset[int]()
+    joined = frozenset[int]()
+    try:
+        best = _allocated(unit, budget, joined)
+    except BudgetError:
+        if not unit.joint:
+            raise
+        joined = _disjoint(unit, {group: float(len(_sites_in(unit, group))) for group in unit.joint})
+        best = _allocated(unit, budget, joined)
     price = best.price
     for _ in range(_ROUNDS if unit.joint and price else 0):
-        wanted = frozenset(group for group in unit.joint if _apart(unit, group, price) > _together(unit, group, price))
+        wanted = _disjoint(unit, _gains(unit, price))
         if wanted == joined:
             break
         joined = wanted
@@ -180,6 +188,53 @@ def _priced(members: Members, price: Mapping[str, float]) -> float:
     return _loss(members) + sum(value * getattr(cost, key) for key, value in price.items())
 
 
+def _gains(unit: Unit, price: Mapping[str, float]) -> dict[int, float]:
+    """What each group saves at these prices when it is decided together, where that is anything."""
+    found = {group: _apart(unit, group, price) - _together(unit, group, price) for group in unit.joint}
+    return {group: gain for group, gain in found.items() if gain > 0}
+
+
+def _sites_in(unit: Unit, group: int) -> frozenset[int]:
+    return frozenset(c.site.order for c in unit.joint[group][0])
+
+
+def _disjoint(unit: Unit, gains: Mapping[int, float]) -> frozenset[int]:
+    """Groups that are to be decided together; of those that have a site in common the one that gains most."""
+    taken: set[int] = set()
+    found = []
+    for group, _ in sorted(gains.items(), key=lambda pair: -pair[1]):
+        sites = _sites_in(unit, group)
+        if not sites & taken:
+            found.append(group)
+            taken |= sites
+    return frozenset(found)
+
+
+def _most_gained(unit: Unit, price: Mapping[str, float]) -> float:
+    """At least what groups save that have no site in common: of each set of groups that hang together by their sites
+    the best choice, of large ones the sum of all.
+    """
+    gains, total = _gains(unit, price), 0.0
+    rest = {group: _sites_in(unit, group) for group in gains}
+    while rest:
+        first = next(iter(rest))
+        here, sites = [first], rest.pop(first)
+        while near := [group for group, own in rest.items() if own & sites]:
+            here += near
+            sites = sites.union(*(rest.pop(group) for group in near))
+        own = [(gains[group], _sites_in(unit, group)) for group in here]
+        total += _apart_most(own) if len(own) <= _EXACT else sum(gain for gain, _ in own)
+    return total
+
+
+def _apart_most(groups: Sequence[tuple[float, frozenset[int]]]) -> float:
+    """The most that a choice of groups without common sites gains."""
+    if not groups:
+        return 0.0
+    (gain, sites), *rest = groups
+    return max(_apart_most(rest), gain + _apart_most([g for g in rest if not g[1] & sites]))
+
+
 def _together(unit: Unit, group: int, price: Mapping[str, float]) -> float:
     return min(_priced(members, price) for members in unit.joint[group])
 
@@ -191,10 +246,8 @@ def _apart(unit: Unit, group: int, price: Mapping[str, float]) -> float:
 
 def _bound(unit: Unit, budget: Budget, price: Mapping[str, float]) -> float:
     """What no choice within the budget loses less than: at any price, each site or group takes its best one."""
-    inside = {c.site.order for options in unit.joint.values() for c in options[0]}
     rows = [unit.candidates[site.order] for site in unit.sites]
-    least = sum(min(_priced((c,), price) for c in row) for row in rows if row[-1].site.order not in inside)
-    least += sum(min(_apart(unit, g, price), _together(unit, g, price)) for g in unit.joint)
+    least = sum(min(_priced((c,), price) for c in row) for row in rows) - _most_gained(unit, price)
     allowed = budget.allowance(sum((row[-1].cost for row in rows), Cost(0, 0, 0)))
     return max(0.0, least - sum(value * allowed[key] for key, value in price.items()))
 

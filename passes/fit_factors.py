@@ -14,6 +14,7 @@ from tdc.ir import DENSE, Candidate, Metric, Plan, Remark
 from tdc.progress import counted
 
 from ._anchor import Anchored, anchors_of
+from ._hidden import KEPT, hidden_members, kept_units, narrowed, widened
 from .base import Pass, Unit
 from .propose_joint import members_of
 from .propose_layouts import lowered, metric_name, metric_of, site_statistics
@@ -39,6 +40,7 @@ class FitFactors(Pass):
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
         planned = {choice.site.order: choice for choice in unit.plan.choices if not choice.is_dense}
+        unit = unit.having(kept=kept_units(unit, unit.plan))
         with counted("fitting factors", len(planned), show=unit.options.progress) as advance:
             visit, unit = _anchored(unit, planned, advance)
         failed = {
@@ -80,22 +82,25 @@ def _stored(
     """Of each weight the factors as they are stored, none if they overflow, and what they rebuild, float64."""
     layouts = [lowered(unit.target, choice)[0] for choice in choices]
     decomposition, joint = decompositions.get(choices[0].decomposition), choices[0].joint
+    kept = [unit.kept.get(c.hidden.group if c.hidden else 0, torch.empty(0, dtype=torch.long)) for c in choices]
     if joint is None:
-        fits = [decompositions.fit(decomposition, weights[0], layouts[0], metrics[0])]
+        smaller = narrowed(choices[0].hidden, kept[0], weights[0], metrics[0])
+        fits = [decompositions.fit(decomposition, smaller[0], layouts[0], smaller[1])]
     else:
         whole = decompositions.stacked(weights, metrics, [choice.sensitivity for choice in choices])
         fits = decompositions.fit_stacked(decomposition, whole, layouts[0].with_size("o", joint.outputs), layouts)
     found: list[tuple[Mapping[str, Tensor], Tensor]] = []
     dtype = getattr(torch, choices[0].site.dtype)
     rounded: dict[int, Tensor] = {}  # those that are shared stay so
-    for weight, layout, factors in zip(weights, layouts, fits, strict=True):
+    for choice, own, weight, layout, factors in zip(choices, kept, weights, layouts, fits, strict=True):
         for f in factors.values():
             rounded[id(f)] = rounded.get(id(f), f.to(dtype).contiguous() if f.is_floating_point() else f)
         stored = {k: rounded[id(f)] for k, f in factors.items()}
         double = {k: f.double() if f.is_floating_point() else f for k, f in stored.items()}
         fine = all(bool(torch.isfinite(f).all()) for f in stored.values())
-        rebuilt = decompositions.rebuild(double, layout).reshape(weight.shape) if fine else weight
-        found.append((stored if fine else {}, rebuilt))
+        rebuilt = widened(choice.hidden, own, decompositions.rebuild(double, layout), weight) if fine else weight
+        beside = {KEPT: own} if choice.hidden is not None else {}
+        found.append(({**stored, **beside} if fine else {}, rebuilt.reshape(weight.shape)))
     return found
 
 
@@ -117,18 +122,22 @@ def left_dense(unit: Unit, failed: Mapping[int, Remark]) -> Unit:
 
 
 def _beside(plan: Plan, failed: Mapping[int, Remark]) -> dict[int, Remark]:
-    """The sites of a joint group of which one stays dense: they do too, since it may bear what they share."""
+    """The sites of a joint group of which one stays dense: they do too, since it may bear what they share; and those
+    around hidden units, of which none is left out then.
+    """
     found: dict[int, Remark] = {}
-    for members in members_of(plan.choices).values():
+    groups = [(members, "shares factors with") for members in members_of(plan.choices).values()]
+    groups += [(members, "has hidden units in common with") for members in hidden_members(plan.choices).values()]
+    for members, shares in groups:
         first = next((c for c in members if c.site.order in failed), None)
         if first is not None:
             stage = failed[first.site.order].stage
-            reason = f"shares factors with {first.site.name}: stays dense with it"
+            reason = f"{shares} {first.site.name}: stays dense with it"
             rest = [c for c in members if c.site.order not in failed]
             found |= {c.site.order: Remark(c.site.name, stage, reason) for c in rest}
     return found
 
 
 def _dense(choice: Candidate) -> Candidate:
-    bare = replace(choice, decomposition=DENSE, variant="", ranks=(), folded=False, joint=None)
+    bare = replace(choice, decomposition=DENSE, variant="", ranks=(), folded=False, joint=None, hidden=None)
     return replace(bare, error=0.0, cost=choice.dense_cost)

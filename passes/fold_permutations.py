@@ -50,7 +50,7 @@ def _once(site: Site) -> bool:
 
 def _gathering_variant(choice: Candidate) -> str | None:
     """The variant that writes the same approximation with a gather of the output at its end, if there is one."""
-    if choice.joint is not None:
+    if choice.joint is not None or choice.hidden is not None:
         return None
     decomposition = decompositions.get(choice.decomposition)
     axes = choice.site.axes

@@ -61,9 +61,13 @@ class LowerBlocks(Pass):
 
 
 def _reordered(unit: Unit, choices: Mapping[int, Candidate]) -> tuple[dict[int, Factors], dict[int, Tensor]]:
-    """Factors with every folded gather taken in by its reader, and the order in which each folded output comes."""
+    """Factors with every folded gather taken in by its reader, and the order in which each folded output comes, or
+    which hidden units.
+    """
     factors, orders = dict(unit.factors), {}
     for order, choice in choices.items():
+        if choice.hidden is not None and choice.hidden.axis == "o":
+            orders[order] = unit.kept[choice.hidden.group]
         if not choice.folded:
             continue
         layout, _ = lowered(unit.target, choice)

@@ -21,6 +21,7 @@ from .fold_permutations import FoldPermutations
 from .group_sites import GroupSites
 from .lower_blocks import LowerBlocks
 from .predict_time import PredictTime
+from .propose_hidden import ProposeHidden
 from .propose_joint import ProposeJoint
 from .propose_layouts import ProposeLayouts
 from .rewrite_graph import RewriteGraph
@@ -34,6 +35,7 @@ PROPOSING: tuple[Pass, ...] = (
     Calibrate(),
     ProposeLayouts(),
     ProposeJoint(),
+    ProposeHidden(),
     TimeLayouts(),
 )
 CHOOSING: tuple[Pass, ...] = (ChoosePlan(), FoldPermutations(), PredictTime())

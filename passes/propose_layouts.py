@@ -125,9 +125,12 @@ class Work:
 
 
 def _sizes(candidate: Candidate) -> tuple[tuple[str, int], ...]:
-    """The sizes for which the ranks of a candidate are: of its site, or of the weights of its group."""
-    joint = candidate.joint
-    return tuple((axis, joint.outputs if joint and axis == "o" else size) for axis, size in candidate.site.sizes)
+    """The sizes for which the ranks of a candidate are: of its site, without the hidden units that are left out, or of
+    the weights of its group.
+    """
+    joint, kept = candidate.joint, candidate.kept
+    sizes = ((axis, kept.get(axis, size)) for axis, size in candidate.site.sizes)
+    return tuple((axis, joint.outputs if joint and axis == "o" else size) for axis, size in sizes)
 
 
 @lru_cache(maxsize=8192)
@@ -142,7 +145,7 @@ def lowered(target: Target, candidate: Candidate) -> tuple[Layout, Block | Decli
     site = candidate.site
     layout = _layout(candidate.decomposition, _sizes(candidate), candidate.ranks, candidate.variant)
     if candidate.joint is not None:
-        layout = layout.with_size("o", site.axes["o"])
+        layout = layout.with_size("o", candidate.kept.get("o", site.axes["o"]))
     if candidate.execution == "factored":
         block = _straight(target, candidate, layout)
     else:

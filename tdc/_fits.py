@@ -17,6 +17,7 @@ from .errors import DestinationError
 from .files import atomic_write
 from .frontends.fx.program import FxProgram
 from .ir import Candidate, Site
+from .passes._hidden import hidden_members, kept_among
 from .passes.base import Unit
 from .passes.fit_factors import FitFactors
 from .passes.propose_joint import members_of
@@ -24,7 +25,7 @@ from .passes.propose_joint import members_of
 __all__ = ["CachedFit", "Stamp", "forget_fits", "stamp_of"]
 
 Stamp = tuple[int, int]
-_VERSION = 1
+_VERSION = 2
 """Of what is kept in folders: another one reads no older files."""
 
 _Key = tuple[Any, ...]
@@ -63,7 +64,8 @@ class CachedFit(FitFactors):
     def run(self, unit: Unit) -> Unit:
         assert unit.plan is not None
         choices = [choice for choice in unit.plan.choices if not choice.is_dense]
-        beside = {c.site.order: members for members in members_of(choices).values() for c in members}
+        groups = (*members_of(choices).values(), *hidden_members(choices).values())
+        beside = {c.site.order: members for members in groups for c in members}
         together = {c.site.order: beside.get(c.site.order, (c,)) for c in choices}
         own = {c.site.order: _key(unit, c) for c in choices}
         keys = {order: (own[order], *(own[c.site.order] for c in group)) for order, group in together.items()}
@@ -84,7 +86,9 @@ class CachedFit(FitFactors):
                 _write(files[order], factors)
         decided = {c.site.order: c for c in (*unit.plan.choices, *done.plan.choices)}
         choices = [decided[c.site.order] for c in unit.plan.choices]
-        return done.having(plan=replace(done.plan, choices=tuple(choices)), factors={**known, **done.factors})
+        plan = replace(done.plan, choices=tuple(choices))
+        fitted: dict[int, Mapping[str, Tensor]] = {**known, **done.factors}
+        return done.having(plan=plan, factors=fitted, kept=kept_among(fitted, plan))
 
 
 def _origins_of(unit: Unit, site: Site) -> tuple[Tensor, ...]:
@@ -99,7 +103,7 @@ def _digest(unit: Unit) -> str:
 def _key(unit: Unit, choice: Candidate) -> _Key:
     tensors = tuple((id(t), *stamp_of(t)) for t in _origins_of(unit, choice.site))
     metric = unit.plan.metric if unit.plan is not None else ""
-    decided = (choice.decomposition, choice.variant, choice.ranks, choice.site.attributes)
+    decided = (choice.decomposition, choice.variant, choice.ranks, choice.site.attributes, *choice.kept.items())
     return (*tensors, *decided, metric, _digest(unit))
 
 
@@ -122,7 +126,7 @@ def _files(folder: Path, unit: Unit, together: Mapping[int, Sequence[Candidate]]
         parts = [str(_VERSION), metric, _digest(unit), unit.target.name]
         for c in (mine, *group):
             parts += [weights[c.site.order], c.decomposition, c.variant, str(c.ranks), str(c.site.attributes)]
-            parts += [str(c.sensitivity), str(c.joint and c.joint.outputs), str(c.site.dtype)]
+            parts += [str(c.sensitivity), str(c.joint and c.joint.outputs), str(c.kept), str(c.site.dtype)]
         made[order] = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.safetensors"
     return made
 

@@ -48,7 +48,8 @@ def paths(plan: Plan | str | Path, *, target: str = "auto") -> str:
 def _alike(choice: Candidate) -> object:
     site = choice.site
     layer = (site.kind, site.sizes, site.attributes, site.dtype, site.uses, call_for(choice))
-    return layer, choice.decomposition, choice.variant, choice.ranks, choice.execution, choice.folded
+    sizes = (*choice.kept.items(), *choice.ranks)
+    return layer, choice.decomposition, choice.variant, sizes, choice.execution, choice.folded
 
 
 def _text(target: Target, choices: list[Candidate]) -> str:
@@ -58,7 +59,7 @@ def _text(target: Target, choices: list[Candidate]) -> str:
     except ValueError as error:
         raise PlanError(f"{choice.site.name}: {error}") from error
     others = f" and {len(choices) - 1} more" if len(choices) > 1 else ""
-    ranks = " ".join(f"{axis}={rank}" for axis, rank in choice.ranks)
+    ranks = " ".join(f"{axis}={rank}" for axis, rank in (*choice.kept.items(), *choice.ranks))
     name = f"{choice.decomposition}{'/' * bool(choice.variant)}{choice.variant}"
     head = f"{choice.site.name}{others}, {choice.site.label}: {name} {ranks}, {choice.execution}"
     lines = [head, f"  {layout.rebuild}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from .errors import ModelError
 from .ir import Cost, Plan, Remark
@@ -42,6 +42,9 @@ class SiteReport:
     cancellation: float = 1.0
     joint: int = 0
     """The number of its joint group, 0 for none."""
+    kept: Mapping[str, int] = field(default_factory=dict)
+    """The axis that has lost hidden units, ``o`` of a layer that gives them, ``i`` of the one that reads them, and what
+    is left of it."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Report:
                     execution=choice.execution,
                     cancellation=cancellation,
                     joint=choice.joint.group if choice.joint else 0,
+                    kept=choice.kept,
                 )
             )
         head = (door, plan.metric, plan.statistics, plan.target, plan.budget)
@@ -137,7 +141,7 @@ class Report:
         header = ("site", "layer", "decomposition", "ranks", "params", "keep", "error", "weight error")
         rows = []
         for site in self.sites:
-            ranks = " ".join(f"{axis}={rank}" for axis, rank in site.ranks.items())
+            ranks = " ".join(f"{axis}={rank}" for axis, rank in (*site.kept.items(), *site.ranks.items()))
             name = f"{site.decomposition}/{site.variant}" if site.variant else site.decomposition
             name += f" ({site.execution})" if site.execution != "factored" else ""
             name += f" (joint {site.joint})" if site.joint else ""

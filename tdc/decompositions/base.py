@@ -42,6 +42,8 @@ class Decomposition(ABC):
     """Whether some ranks reproduce every weight; else ``full_ranks`` are the most that make sense."""
     estimates: ClassVar[bool] = False
     """Whether :meth:`errors` gives estimates, by fits at some points of the lattice, in place of errors or bounds."""
+    between_layers: ClassVar[bool] = False
+    """Whether it is one of the hidden units between layers: no weight has it by itself, and it has no variants."""
     projects_outputs: ClassVar[bool] = False
     """Whether a fit needs no more of the input than the moment of the output (``Metric.output_moment``)."""
 

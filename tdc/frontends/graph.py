@@ -24,6 +24,7 @@ __all__ = [
     "fold_norm",
     "gain_before",
     "groups_of",
+    "hidden_sources",
     "memory_format",
     "operator",
     "pointwise_reader",
@@ -101,6 +102,42 @@ def pointwise_reader(use: fx.Node, source: fx.Node) -> fx.Node | None:
     if len(readers) != 1 or any(not _is_scalar(other) for other in others):
         return None
     return readers.pop()
+
+
+def hidden_sources(use: fx.Node, outputs: Mapping[fx.Node, int]) -> tuple[int, ...]:
+    """Whose outputs the input of a linear operator is made of by elementwise functions, where all of these have its
+    rank and last axis and go nowhere else; () where it is not so. ``outputs``: of other linear operators, each with its
+    number.
+    """
+    if operator(use) not in _SLOTS or operator(use) in CONVOLUTIONS:
+        return ()
+    start = use.args[_SLOTS[operator(use)][0]]
+    shape = _shape(start)
+    inside, frontier, sources = {start}, [start], set()
+    while frontier:
+        node = frontier.pop()
+        if not isinstance(node, fx.Node):
+            return ()
+        if node in outputs:
+            sources.add(outputs[node])
+        elif operator(node) not in _POINTWISE:
+            return ()
+        else:
+            new = {a for a in node.all_input_nodes if not _is_scalar(a)} - inside
+            inside |= new
+            frontier += new
+    alike = shape is not None and all(_shape(node) == shape for node in inside)
+    closed = all(user is use or user in inside for node in inside for user in node.users)  # type: ignore[union-attr]
+    once = sum(a is start for a in use.all_input_nodes) == 1
+    return tuple(sorted(sources)) if alike and closed and once else ()
+
+
+def _shape(node: Any) -> tuple[int, int] | None:
+    """Rank and length of the last axis, which no symbol has."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor) or not value.ndim or not isinstance(value.shape[-1], int):
+        return None
+    return value.ndim, value.shape[-1]
 
 
 def added_to(output: fx.Node) -> fx.Node | None:

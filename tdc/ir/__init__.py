@@ -5,7 +5,7 @@ from .equation import Equation, Term
 from .layout import Layout, Piece, Pivot, Rebuild
 from .metric import METRICS, Metric
 from .path import Path, Step
-from .plan import DENSE, EXECUTIONS, Candidate, Cost, Joint, Plan, Rival
+from .plan import DENSE, EXECUTIONS, Candidate, Cost, Hidden, Joint, Plan, Rival
 from .remark import Decline, Remark
 from .site import CONVOLUTIONS, OpKind, Site, assign, same_weight, window_attributes
 from .window import Window
@@ -20,6 +20,7 @@ __all__ = [
     "Cost",
     "Decline",
     "Equation",
+    "Hidden",
     "Joint",
     "Layout",
     "Metric",

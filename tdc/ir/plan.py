@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .metric import METRICS
 from .remark import Remark
 from .site import Site, assign
 
-__all__ = ["DENSE", "EXECUTIONS", "PLAN_VERSION", "Candidate", "Cost", "Joint", "Plan", "Rival"]
+__all__ = ["DENSE", "EXECUTIONS", "PLAN_VERSION", "Candidate", "Cost", "Hidden", "Joint", "Plan", "Rival"]
 
 PLAN_VERSION = 1
 DENSE = "dense"
@@ -25,7 +25,9 @@ EXECUTIONS = ("factored", "stored", "rebuilt")
 _FORMAT = "tdc-plan"
 _HEAD = ("metric", "statistics", "target", "budget", "allocation", "seed")
 _ROW = frozenset(
-    "name decomposition variant ranks execution folded error sensitivity cost dense_cost site considered joint".split()
+    """
+    name decomposition variant ranks execution folded error sensitivity cost dense_cost site considered joint hidden
+    """.split()
 )
 
 
@@ -80,6 +82,19 @@ class Joint:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """What sites decide together that have hidden units between them, elementwise functions of their outputs: only
+    ``width`` of the units are kept. ``axis``: ``o`` of the sites that give them, ``i`` of the one that reads them.
+
+    ``group``: a number that the sites have in common.
+    """
+
+    group: int
+    axis: str
+    width: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """The decision for one site. ``ranks`` is empty for ``dense``.
 
@@ -107,6 +122,14 @@ class Candidate:
     joint: Joint | None = field(default=None, compare=False)
     """With which sites it is decided; ``error`` is that of all of them together then, and the first one bears the cost
     of what they share."""
+
+    hidden: Hidden | None = None
+    """Which of its axes is smaller, and with which sites that is decided."""
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """The axis that is smaller than in the dense weight, and its size; {} where all are as they were."""
+        return {} if self.hidden is None else {self.hidden.axis: self.hidden.width}
 
     @property
     def is_dense(self) -> bool:
@@ -242,7 +265,7 @@ class Plan:
 def _same_decision(a: Candidate, b: Candidate) -> bool:
     if (a.joint is None) != (b.joint is None) or (a.joint and b.joint and a.joint.outputs != b.joint.outputs):
         return False
-    return (a.decomposition, a.variant, a.ranks, a.execution) == (b.decomposition, b.variant, b.ranks, b.execution)
+    return all(getattr(a, key) == getattr(b, key) for key in ("decomposition", "variant", "ranks", "execution", "kept"))
 
 
 def _remark_out(remark: Remark) -> dict[str, str]:
@@ -267,7 +290,8 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
         "cost": _cost_out(candidate.cost),
         "dense_cost": _cost_out(candidate.dense_cost),
         "site": candidate.site.to_dict(),
-        **({"joint": {"group": joint.group, "outputs": joint.outputs}} if (joint := candidate.joint) else {}),
+        **({"joint": asdict(candidate.joint)} if candidate.joint else {}),
+        **({"hidden": asdict(candidate.hidden)} if candidate.hidden else {}),
         **({"considered": [_rival_out(rival) for rival in candidate.rivals]} if candidate.rivals else {}),
     }
 
@@ -307,10 +331,15 @@ def _candidate_in(position: int, row: Mapping[str, Any]) -> Candidate:
             folded=bool(row.get("folded", False)),
             rivals=tuple(_rival_in(rival) for rival in row.get("considered", ())),
             joint=Joint(_whole(row["joint"]["group"]), _whole(row["joint"]["outputs"])) if row.get("joint") else None,
+            hidden=_hidden_in(row["hidden"]) if row.get("hidden") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         where = f"site {position} ({row.get('name', 'no name')!r}) of the plan"
         raise PlanError(f"{where} cannot be read: {type(error).__name__}, {error}") from error
+
+
+def _hidden_in(row: Mapping[str, Any]) -> Hidden:
+    return Hidden(_whole(row["group"]), _one_of(row["axis"], ("o", "i")), _whole(row["width"]))
 
 
 def _cost_in(row: Mapping[str, Any] | None) -> Cost:

@@ -65,8 +65,10 @@ class Site:
     a rescaling of rows leave alone; () where the weight is not finite. ``names`` are aliases, the first one is shown;
     they identify nothing. ``uses`` counts the operators that read the weight (tied: > 1). ``attributes`` of a
     convolution: see :func:`window_attributes`. ``pointwise_consumer`` is the order of the one site that reads this
-    site's output through elementwise functions only, or None. ``bias``: the site has a bias of its own that can take up
-    the mean of an error. ``norm``: name of the normalisation behind it that is folded into the weight and the bias.
+    site's output through elementwise functions only, or None. ``hidden_producers``: the orders of the sites whose
+    outputs together, through elementwise functions only, are the input of this one, and go nowhere else; () where it is
+    not so. ``bias``: the site has a bias of its own that can take up the mean of an error. ``norm``: name of the
+    normalisation behind it that is folded into the weight and the bias.
     ``layout``: memory format of its activations, ``channels_last`` or ''. ``lengths``: (axis, input, output) of each
     window axis on the example, where known.
     """
@@ -80,6 +82,7 @@ class Site:
     uses: int = 1
     attributes: tuple[tuple[str, str], ...] = ()
     pointwise_consumer: int | None = field(default=None, compare=False)
+    hidden_producers: tuple[int, ...] = field(default=(), compare=False)
     bias: bool = field(default=False, compare=False)
     norm: str = field(default="", compare=False)
     layout: str = field(default="", compare=False)

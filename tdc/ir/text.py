@@ -36,7 +36,7 @@ def plan_table(plan: Plan) -> str:
     """What is decided per site and in all, and the remarks."""
     rows = []
     for choice in plan.choices:
-        ranks = " ".join(f"{axis}={rank}" for axis, rank in choice.ranks)
+        ranks = " ".join(f"{axis}={rank}" for axis, rank in (*choice.kept.items(), *choice.ranks))
         keep = choice.cost.params / choice.dense_cost.params if choice.dense_cost.params else 1.0
         name = f"{choice.decomposition}/{choice.variant}" if choice.variant else choice.decomposition
         name += f" ({choice.execution})" if choice.execution != "factored" else ""

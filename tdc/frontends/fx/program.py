@@ -19,7 +19,16 @@ from .captured import Bound, Override, Values, alongside, passes_on, undisturbed
 from .cost import graph_cost
 from .match import Use, Weight, canonical, match, plain, storage_key
 from .override import marked, with_weight
-from .rewrite import Cut, Rewritten, reader_of, rewrite, sources
+from .rewrite import (
+    Cut,
+    Rewritten,
+    hidden_readers,
+    pointwise_reader_of,
+    reader_of,
+    rewrite,
+    sources,
+    takes_any_order,
+)
 from .timing import Stopwatch, met_in
 
 __all__ = ["Batch", "FxProgram"]
@@ -51,14 +60,17 @@ class FxProgram:
 
     def sites(self) -> tuple[tuple[Site, ...], tuple[Remark, ...]]:
         readers = {w.uses[0].node: k for k, w in self._by_order.items() if len(w.uses) == 1}
+        weights = [*self._by_order.values()]
+        hidden = hidden_readers(weights)
         sites = []
         for k, weight in self._by_order.items():
             self.pause()
             consumer = None
-            if len(weight.uses) == 1 and _takes_any_order(weight.uses[0]):
-                reader = reader_of(weight)
+            if len(weight.uses) == 1 and takes_any_order(weight.uses[0]):
+                reader = pointwise_reader_of(weight)
                 consumer = readers.get(reader) if reader is not None else None
-            sites.append(replace(self._site(k, weight), pointwise_consumer=consumer))
+            found = replace(self._site(k, weight), pointwise_consumer=consumer, hidden_producers=hidden.get(k, ()))
+            sites.append(found)
         return tuple(sites), tuple(self._matched[0][1])
 
     def _site(self, order: int, weight: Weight) -> Site:
@@ -317,7 +329,8 @@ class FxProgram:
             if new.output_order is not None:
                 bias = self._folded(order)[1] if bias is None else bias
                 bias = None if bias is None else bias[new.output_order.to(bias.device)]
-            reader = reader_of(weight) if new.output_order is not None else None
+            weights = [*self._by_order.values()]
+            reader = reader_of(weight, weights) if new.output_order is not None else None
             behind = next((w for w in self._by_order.values() if reader is not None and w.uses[0].node is reader), None)
             cut = Cut(
                 replace(new, factors={name: _stored(factor, weight.tensor) for name, factor in new.factors.items()}),
@@ -357,11 +370,6 @@ def _lengths(use: Use) -> tuple[tuple[str, int, int], ...]:
 
 def _hint(size: Any) -> int:
     return int(size.node.hint if isinstance(size, torch.SymInt) else size)
-
-
-def _takes_any_order(use: Use) -> bool:
-    """Whether everything that is added to the outputs can be put in another order."""
-    return use.rest is None and (use.bias is None or use.root_bias is not None)
 
 
 def _stored(factor: Tensor, like: Tensor) -> Tensor:

@@ -9,13 +9,22 @@ from typing import Any
 from torch import Tensor, fx
 
 from ...errors import VerificationError
-from ..graph import pointwise_reader
+from ..graph import hidden_sources, pointwise_reader
 from ..program import Replacement
 from .captured import Captured
 from .emit import Emitter
 from .match import Form, Use, Weight
 
-__all__ = ["Cut", "Rewritten", "reader_of", "rewrite", "sources"]
+__all__ = [
+    "Cut",
+    "Rewritten",
+    "hidden_readers",
+    "pointwise_reader_of",
+    "reader_of",
+    "rewrite",
+    "sources",
+    "takes_any_order",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +70,36 @@ def sources(weight: Weight) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(node for node in (*weight.roots, *biases, *state) if node is not None))
 
 
-def reader_of(weight: Weight) -> fx.Node | None:
+def pointwise_reader_of(weight: Weight) -> fx.Node | None:
+    """The linear operator that reads the output of a weight's one use through elementwise functions only."""
     use, norm = weight.uses[0], weight.norm
     return pointwise_reader(use.node, use.node if norm is None else norm.output)
+
+
+def reader_of(weight: Weight, weights: Sequence[Weight]) -> fx.Node | None:
+    """The operator that alone reads the output of a weight's one use, or the hidden units that it is a part of."""
+    reader = pointwise_reader_of(weight)
+    if reader is not None:
+        return reader
+    place = next(k for k, other in enumerate(weights) if other is weight)
+    readers = [k for k, producers in hidden_readers(weights).items() if place in producers]
+    return weights[readers[0]].uses[0].node if readers else None
+
+
+def hidden_readers(weights: Sequence[Weight]) -> dict[int, tuple[int, ...]]:
+    """Place of a weight -> places of those whose outputs are, by elementwise functions, the hidden units that it
+    reads.
+    """
+    single = {k: w.uses[0] for k, w in enumerate(weights) if len(w.uses) == 1 and not w.form.kind.is_conv}
+    free = {k: use for k, use in single.items() if weights[k].norm is None and takes_any_order(use)}
+    outputs = {use.node: k for k, use in free.items()}
+    found = {k: hidden_sources(use.node, outputs) for k, use in single.items()}
+    return {k: producers for k, producers in found.items() if producers}
+
+
+def takes_any_order(use: Use) -> bool:
+    """Whether everything that is added to the outputs can be put in another order."""
+    return use.rest is None and (use.bias is None or use.root_bias is not None)
 
 
 def rewrite(captured: Captured, weights: Sequence[Weight], cuts: Mapping[int, Cut]) -> Rewritten:
@@ -106,7 +142,7 @@ def _check_read_alike(cut: Cut, weight: Weight, weights: Sequence[Weight]) -> No
     if how != (cut.form, cut.norm, cut.single):
         raise VerificationError(f"this graph reads {cut.name} in another way than the one that was planned")
     if cut.new.output_order is not None:
-        reader = reader_of(weight)
+        reader = reader_of(weight, weights)
         behind = next((w for w in weights if w.uses[0].node is reader), None)
         if behind is None or id(behind.tensor) not in (cut.reader or ()):
             raise VerificationError(f"this graph reads the output of {cut.name} elsewhere: its order cannot change")

@@ -16,6 +16,7 @@ from ..graph import (
     channel_axis,
     floating_outputs,
     gain_before,
+    hidden_sources,
     memory_format,
     operator,
     pointwise_reader,
@@ -92,6 +93,10 @@ class Capture:
         """
         reader = pointwise_reader(use.node, use.node if norm is None else norm.output)
         return next((u.position for uses in self.uses.values() for u in uses if u.node is reader), None)
+
+    def hidden_producers(self, use: Use, outputs: Mapping[fx.Node, int]) -> tuple[int, ...]:
+        """See :func:`tdc.frontends.graph.hidden_sources`."""
+        return hidden_sources(use.node, outputs)
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture | Decline:

@@ -96,13 +96,17 @@ class NnProgram:
         return tuple(sites), tuple(remarks)
 
     def _with_consumers(self, sites: list[Site], seen: Capture, uses: list[Use | None]) -> list[Site]:
+        free = {k: use for k, use in enumerate(uses) if use and is_unwatched(self._by_order[k])}
         orders = {use.position: k for k, use in enumerate(uses) if use}
+        outputs = {use.node: k for k, use in free.items() if k not in self._norms and sites[k].uses == 1}
         linked = []
-        for site, use in zip(sites, uses, strict=True):
-            consumer = None
-            if use and is_unwatched(self._by_order[site.order]):
-                consumer = seen.pointwise_consumer(use, self._norms.get(site.order))
-            linked.append(replace(site, pointwise_consumer=orders.get(-1 if consumer is None else consumer)))
+        for k, site in enumerate(sites):
+            consumer, producers = None, tuple[int, ...]()
+            if k in free:
+                consumer = seen.pointwise_consumer(free[k], self._norms.get(k))
+                producers = seen.hidden_producers(free[k], outputs)
+            reader = orders.get(-1 if consumer is None else consumer)
+            linked.append(replace(site, pointwise_consumer=reader, hidden_producers=producers))
         return linked
 
     def _site(self, order: int, uses: int, use: Use | None) -> Site:

@@ -102,7 +102,7 @@ def _factored(
                 factors[factor] = torch.empty_like(stored)
             bias = module._parameters.get("bias")
             stored = tensors.get(key := f"{path}.bias", tensors.get(aliases.get(key, "")))
-            if bias is None and stored is not None:
+            if stored is not None and (bias is None or bias.shape != stored.shape):
                 bias = nn.Parameter(torch.empty_like(stored))
             made[id(module)] = factored(module, block, factors, saved.decomposition, bias, sharing)
         swaps.append((path, made[id(module)]))

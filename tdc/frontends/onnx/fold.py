@@ -14,7 +14,7 @@ from .constants import known
 from .tensors import behind, stored
 from .uses import Match, Use
 
-__all__ = ["Region", "consumers", "regions"]
+__all__ = ["Region", "Units", "consumers", "regions", "units"]
 
 _POINTWISE = frozenset(
     """
@@ -36,6 +36,82 @@ class Region:
 
     reader: Use
     vectors: tuple[Vector, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The hidden units that a use reads: elementwise functions of the outputs of other uses that go nowhere else.
+    ``producers``: the places of their matches, each with the vectors along its output axis; ``values``: all in between.
+    """
+
+    producers: Mapping[int, tuple[Vector, ...]]
+    values: tuple[ir.Value, ...]
+
+
+def units(matches: Sequence[Match]) -> dict[int, Units]:
+    """Place of a match -> the hidden units that it reads, where there are such."""
+    single = {k: match.uses[0] for k, match in enumerate(matches) if len(match.uses) == 1}
+    linear = {k: use for k, use in single.items() if not use.form.kind.is_conv}
+    outputs = {u.output: k for k, u in linear.items() if u.form.output_last and u.tail.norm is None}
+    found = {k: _units(use, outputs, single) for k, use in linear.items() if use.form.input_last}
+    return {k: hidden for k, hidden in found.items() if hidden is not None}
+
+
+def _units(reader: Use, outputs: Mapping[ir.Value, int], uses: Mapping[int, Use]) -> Units | None:
+    start = reader.activation
+    inside, frontier, producers = {start: None}, [start], dict[int, list[Vector]]()
+    while frontier:
+        value = frontier.pop()
+        place = outputs.get(value)
+        if place is not None:
+            own = _own_bias(uses[place])
+            if own is None:
+                return None
+            producers.setdefault(place, []).extend(own)
+            continue
+        node = value.producer()
+        if node is None or node.op_type not in _POINTWISE or node.domain != "" or node.graph is not reader.node.graph:
+            return None
+        for operand, entry in enumerate(node.inputs):
+            if entry is None or _is_single(entry):
+                continue
+            given = outputs.get(node.inputs[1 - operand]) if node.op_type == "Add" else None  # type: ignore[arg-type]
+            axis = None if given is None else _axis(entry, uses[given])
+            if given is not None and axis is not None:
+                producers.setdefault(given, []).append((node, operand, axis))
+            elif entry not in inside:
+                inside[entry] = None
+                frontier.append(entry)
+    return _checked(reader, Units({k: tuple(own) for k, own in producers.items()}, tuple(inside)))
+
+
+def _own_bias(use: Use) -> list[Vector] | None:
+    """The bias of a Gemm, where it has one; None for one that is no vector."""
+    node = use.node
+    if node.op_type != "Gemm" or len(node.inputs) < 3 or node.inputs[2] is None:
+        return []
+    axis = _axis(node.inputs[2], use)
+    return None if axis is None else [(node, 2, axis)][: axis >= 0]
+
+
+def _is_single(value: ir.Value) -> bool:
+    entries = known(value)
+    return entries is not None and entries.size == 1
+
+
+def _checked(reader: Use, found: Units) -> Units | None:
+    """None where a value goes elsewhere too, or has another width."""
+    if not found.producers:
+        return None
+    nodes = {value.producer() for value in found.values} | {reader.node}
+    width = reader.activation.shape[-1] if reader.activation.shape else None
+    for value in found.values:
+        if value.is_graph_output() or not value.shape or value.shape[-1] != width:
+            return None
+        for node, operand in value.uses():
+            if not _reads_form(node, operand) and node not in nodes:
+                return None
+    return found
 
 
 def consumers(matches: Sequence[Match]) -> dict[int, int]:

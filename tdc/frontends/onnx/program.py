@@ -20,7 +20,7 @@ from ..program import Change, Replacement, Tap
 from .calibration import Batch, read_batches
 from .cost import run_cost
 from .emit import Emitter, check_block
-from .fold import consumers, regions
+from .fold import consumers, regions, units
 from .gains import gain_before
 from .load import REMARKS
 from .match import find_sites
@@ -53,10 +53,13 @@ class OnnxProgram:
     def _matches(self) -> tuple[Match, ...]:
         if self._found is None:
             matches, remarks = find_sites(self.model)
-            readers = consumers(matches)
+            readers, hidden = consumers(matches), units(matches)
+            producers = {k: tuple(sorted(found.producers)) for k, found in hidden.items()}
             matches = tuple(
-                replace(match, site=replace(match.site, pointwise_consumer=readers.get(k)))
-                for k, match in enumerate(matches)
+                replace(
+                    m, site=replace(m.site, pointwise_consumer=readers.get(k), hidden_producers=producers.get(k, ()))
+                )
+                for k, m in enumerate(matches)
             )
             self._found = matches, remarks
         return self._found[0]
@@ -224,16 +227,21 @@ class OnnxProgram:
         free_names(copy)
         nodes = dict(zip(self.model.graph, copy.graph, strict=True))
         emitter = Emitter(copy)
-        behind = regions(self._matches)
+        behind = {k: region.vectors for k, region in regions(self._matches).items()}
+        hidden = units(self._matches)
+        behind |= {k: vectors for found in hidden.values() for k, vectors in found.producers.items()}
         for order, new in sorted(self._replacements.items()):
             match = self._matches[order]
             bias, taken = _new_bias(match, new), match.uses[0].slot
             if new.output_order is not None:
-                places = behind[order].vectors if order in behind else ()
+                places = behind.get(order, ())
                 vectors = [(nodes[node], k, axis) for node, k, axis in places if bias is None or (node, k) != taken]
                 emitter.reorder(vectors, new.output_order.numpy())
             uses = tuple(moved(use, nodes, values) for use in match.uses)
             emitter.replace(uses, new, match.site.name, bias)
+        fewer = {value.name for k in self._replacements if k in hidden for value in hidden[k].values}
+        for value in (value for node in copy.graph for value in node.outputs if value.name in fewer):
+            value.shape = None
         return copy
 
 
