@@ -14,7 +14,7 @@ from tdc.kernels import Match, match
 from tdc.planning.budget import Budget
 from tdc.progress import track
 
-from .base import Pass, Unit
+from .base import Members, Pass, Unit
 from .propose_layouts import lowered, useful
 
 __all__ = ["TimeLayouts"]
@@ -30,8 +30,9 @@ class TimeLayouts(Pass):
     """Measures the dense layers and, of every format, five candidates, on activations as the example gives them and
     with weights that are not in the caches; the times of the others are taken for piecewise linear in the
     multiply-adds. Candidates that take longer than the dense layer are left out. Sites that are alike are measured
-    once. Of several examples (``unit.workload``) the times are added, each as often as it is run. Joint groups are not
-    proposed under such a budget.
+    once. Of several examples (``unit.workload``) the times are added, each as often as it is run. Sites with hidden
+    units in common are timed one by one, with as many of these as the candidate keeps. Groups that share factors are
+    not proposed under such a budget.
     """
 
     name = "time-layouts"
@@ -41,13 +42,16 @@ class TimeLayouts(Pass):
             return unit
         watch = _watch(unit)
         known: dict[object, dict[str, _Curve]] = {}
-        timed, remarks = {}, []
+        timed, remarks, hidden = {}, [], _around_hidden(unit)
+        beside: dict[Candidate, Candidate] = {}
         for site in track(unit.sites, "timing layouts", show=unit.options.progress):
-            options, key = unit.candidates[site.order], watch.key(site)
+            options, around = unit.candidates[site.order], hidden.get(site.order, ())
+            key = (watch.key(site), frozenset(map(_format, around)))
             new = key not in known
             if new:
-                known[key] = _curves(unit, watch, options)
+                known[key] = _curves(unit, watch, (*around, *options))
             dense = known[key][_format(options[-1])].seconds[0]
+            beside |= {c: _timed(c, known[key], dense) for c in around}
             found = [_timed(c, known[key], dense) for c in options]
             whole = found[-1]
             faster = [c for c in found[:-1] if c.cost.seconds < _GAIN * whole.cost.seconds]
@@ -60,7 +64,27 @@ class TimeLayouts(Pass):
                 share = best.cost.seconds / whole.cost.seconds
                 reason = f"stays dense: the fastest layout, {_words(best)}, takes {share:.2f} of the dense time"
                 remarks.append(Remark(site.name, self.name, reason))
-        return unit.having(candidates=timed, joint={}, timing=watch.model()).remarking(*remarks)
+        groups = {
+            group: tuple(made for members in own if _is_faster(made := tuple(beside[c] for c in members)))
+            for group, own in unit.joint.items()
+            if own[0][0].hidden is not None
+        }
+        joint = {group: own for group, own in groups.items() if own}
+        return unit.having(candidates=timed, joint=joint, timing=watch.model()).remarking(*remarks)
+
+
+def _around_hidden(unit: Unit) -> dict[int, tuple[Candidate, ...]]:
+    """``site.order`` -> what a site could be beside others that have hidden units in common with it."""
+    found: dict[int, dict[Candidate, None]] = {}
+    for options in unit.joint.values():
+        for candidate in (c for members in options for c in members if c.hidden is not None):
+            found.setdefault(candidate.site.order, {})[candidate] = None
+    return {order: tuple(own) for order, own in found.items()}
+
+
+def _is_faster(members: Members) -> bool:
+    """Whether sites take less time together than dense, beyond doubt."""
+    return sum(c.cost.seconds for c in members) < _GAIN * sum(c.dense_cost.seconds for c in members)
 
 
 @dataclass(frozen=True)
@@ -122,7 +146,8 @@ class _Curve:
 
 
 def _format(candidate: Candidate) -> str:
-    return f"{candidate.decomposition}/{candidate.variant}/{candidate.execution}"
+    whole = f"{candidate.decomposition}/{candidate.variant}/{candidate.execution}"
+    return f"{whole} of hidden units" if candidate.hidden is not None else whole
 
 
 def _curves(unit: Unit, watch: Stopwatch, options: Sequence[Candidate]) -> dict[str, _Curve]:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import tdc
 from tdc.errors import PlanError
+from tdc.frontends.clock import Run
 from tdc.ir import Plan
 
 WIDTH, UNITS = 32, 96
@@ -218,3 +219,41 @@ def test_a_layer_that_is_left_out_keeps_its_units(model: nn.Module, statistics: 
         model, data()[0], budget="params=0.8", statistics=statistics, exclude="0.gate.weight", progress=False
     )
     assert all(not name.startswith("0.") for names in groups_of(plan).values() for name in names)
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything runs once, and blocks take half the time of dense layers."""
+
+    def taken(contestants: list[list[Run]]) -> list[float]:
+        for runs in contestants:
+            runs[0]()
+        return [1.0, *[0.5] * (len(contestants) - 1)]
+
+    monkeypatch.setattr("tdc.frontends.nn.timing.seconds_of", taken)
+    monkeypatch.setattr("tdc.frontends.onnx.timing.seconds_of", lambda given: [0.0, *taken(given[1:])])
+
+
+def test_a_budget_of_time(times: None, model: nn.Module, statistics: tdc.Statistics) -> None:
+    budget = "params=0.5,latency=1.0"
+    made = tdc.plan(
+        model, data()[0], budget=budget, statistics=statistics, allow=("interpolative", "svd"), progress=False
+    )
+    assert [len(group) for group in groups_of(made).values()] == [3, 2]
+    assert all(c.cost.seconds == 0.5 * c.dense_cost.seconds for c in made.choices if c.hidden is not None)
+
+
+def test_a_budget_of_time_for_a_file(times: None, model: nn.Module, tmp_path: Path) -> None:
+    torch.onnx.export(model, (data()[0],), tmp_path / "model.onnx", input_names=["x"], dynamo=True)
+    batches = [{"x": x.numpy()} for x in data()]
+    statistics = tdc.calibrate(tmp_path / "model.onnx", batches, progress=False)
+    budget = "params=0.5,latency=1.0"
+    made = tdc.plan(
+        tmp_path / "model.onnx",
+        batches[0],
+        budget=budget,
+        statistics=statistics,
+        allow="interpolative",
+        progress=False,
+    )
+    assert [len(group) for group in groups_of(made).values()] == [3, 2]

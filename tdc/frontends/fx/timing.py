@@ -103,6 +103,7 @@ def _dense(met: Met) -> list[Run]:
 def _replaced(met: Met, block: Block) -> list[Run]:
     """A graph of the block alone, with its constants as arguments."""
     like, dtype = met.args[met.weight], met.use.dtype or met.args[met.weight].dtype
+    met = _fitting(met, block)
     made = [
         stand_ins(block, dtype, like.device, seed)
         for seed in range(copies_of(stored_numbers(block) * like.element_size()))
@@ -110,6 +111,17 @@ def _replaced(met: Met, block: Block) -> list[Run]:
     given = [a for a in met.args if isinstance(a, Tensor)]
     graphs = [_graph(met, Replacement(block, factors, "")) for factors in made]
     return [partial(module.forward, *given, *constants) for module, constants in graphs]
+
+
+def _fitting(met: Met, block: Block) -> Met:
+    """With as much of activation and bias as the block has inputs and outputs: it may know fewer hidden units."""
+    if block.kind.is_conv:
+        return met
+    sizes, args = dict(block.sizes), list(met.args)
+    for node, width in ((met.use.activation, sizes["i"]), (met.use.bias, sizes["o"])):
+        for k in (k for k, a in enumerate(met.use.node.args) if a is node and isinstance(args[k], Tensor)):
+            args[k] = args[k][..., :width].contiguous() if args[k].shape[-1] > width else args[k]
+    return replace(met, args=tuple(args))
 
 
 def _graph(met: Met, new: Replacement) -> tuple[fx.GraphModule, list[Tensor]]:

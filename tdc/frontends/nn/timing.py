@@ -82,12 +82,24 @@ class Stopwatch:
         copies = [_dense(module), *(_replaced(module, block) for block in blocks)]
         places = [k for k, kernel in enumerate(usable) if kernel is not None]
         copies += [_replaced(module, blocks[k], usable[k]) for k in places]
-        seconds = seconds_of([[_run(layer, activations) for layer in layers] for layers in copies])
+        inputs = [None, *blocks, *(blocks[k] for k in places)]
+        entering = [[_entering(block, x) for x in activations] for block in inputs]
+        seconds = seconds_of(
+            [[_run(layer, met) for layer in layers] for layers, met in zip(copies, entering, strict=True)]
+        )
         found, faster = seconds[: 1 + len(blocks)], seconds[1 + len(blocks) :]
         for k, own in zip(places, faster, strict=True):
             if found[1 + k] > _GAIN * own:
                 found[1 + k] = own
         return found
+
+
+def _entering(block: Block | None, activation: Tensor) -> Tensor:
+    """As much of the activation as the block reads, which may know fewer hidden units."""
+    if block is None or block.kind.is_conv:
+        return activation
+    width = dict(block.sizes)["i"]
+    return activation if width == activation.shape[-1] else activation[..., :width].contiguous()
 
 
 def _run(layer: nn.Module, activations: Sequence[Tensor]) -> Run:
@@ -127,6 +139,9 @@ def _replaced(module: nn.Module, block: Block, kernel: Kernel | None = None) -> 
 
 def _with_block(bare: nn.Module, block: Block, like: Tensor, seed: int, kernel: Kernel | None) -> nn.Module:
     factors = stand_ins(block, like.dtype, like.device, seed)
-    made = factored(bare, block, factors, "", bare._parameters.get("bias")).eval()
+    bias = bare._parameters.get("bias")
+    if bias is not None and not block.kind.is_conv:
+        bias = nn.Parameter(bias.detach()[: dict(block.sizes)["o"]], requires_grad=False)
+    made = factored(bare, block, factors, "", bias).eval()
     made.use(kernel)
     return made

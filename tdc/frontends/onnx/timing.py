@@ -59,15 +59,24 @@ class Stopwatch:
     def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[Kernel | None] = ()) -> list[float]:
         """Seconds that a site takes in a run, as it is and in place of it with each block, by stock operators."""
         met = self.met[site.order]
-        small = [alone(self.source, one) for one in met]
         contestants: list[list[Run]] = [[_empty()]]
         for block in (None, *blocks):
+            entering = [_fitting(one, block) for one in met]
+            small = [alone(self.source, one) for one in entering]
             numbers = stored_numbers(block) if block is not None else site.params
             copies = range(copies_of(numbers * met[0].activation.itemsize))
-            rows = [[_run(own, one, block, seed) for own, one in zip(small, met, strict=True)] for seed in copies]
+            rows = [[_run(own, one, block, seed) for own, one in zip(small, entering, strict=True)] for seed in copies]
             contestants.append([in_turn(runs) for runs in rows])
         empty, *taken = seconds_of(contestants)
         return [max(seconds - len(met) * empty, 1e-7) for seconds in taken]
+
+
+def _fitting(met: Met, block: Block | None) -> Met:
+    """With as much of the activation as the block has inputs: it may know fewer hidden units."""
+    if block is None or block.kind.is_conv:
+        return met
+    width, axis = dict(block.sizes)["i"], met.activation.ndim - 1 - met.use.turned
+    return replace(met, activation=np.ascontiguousarray(met.activation.take(np.arange(width), axis)))
 
 
 def example_of(inputs: Sequence[ir.Value]) -> dict[str, np.ndarray] | None:
@@ -126,7 +135,8 @@ def _run(own: tuple[ir.Model, Use], met: Met, block: Block | None, seed: int) ->
         _store(model, use.root, ir.Tensor(to_numpy(entries, tensor.dtype), dtype=tensor.dtype, name=use.root.name))
     else:
         factors = stand_ins(block, _dtype(use), torch.device("cpu"), seed)
-        bias = None if use.tail.norm is None else np.zeros(use.width)
+        outputs = use.width if block.kind.is_conv else dict(block.sizes)["o"]
+        bias = None if use.tail.norm is None and outputs == use.width else np.zeros(outputs)
         Emitter(model).replace((use,), Replacement(block, factors, ""), "timed", bias)
     session, feeds = Session(model), {"tdc.activation": met.activation}
     names = [value.name or "" for value in model.graph.outputs]
