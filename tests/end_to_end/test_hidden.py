@@ -151,6 +151,29 @@ def test_saved_and_loaded(model: nn.Module, statistics: tdc.Statistics, plan: Pl
     assert torch.equal(again(data()[0]), small(data()[0]))
 
 
+def test_plain_layers_again(model: nn.Module, statistics: tdc.Statistics, plan: Plan) -> None:
+    small = tdc.compress(model, data()[0], plan=plan, statistics=statistics, progress=False)
+    dense = tdc.densify(small)
+    assert type(dense[0].up) is nn.Linear
+    assert (dense[0].up.out_features, WIDTH) == dense[0].up.weight.shape
+    assert torch.allclose(dense(data()[0]), small(data()[0]), atol=1e-5)
+
+
+def test_an_exported_program(model: nn.Module, statistics: tdc.Statistics, plan: Plan) -> None:
+    small = tdc.compress(model, data()[0], plan=plan, statistics=statistics, progress=False)
+    program = torch.export.export(model, (data()[0],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    made = tdc.compress_export(program, plan=plan, statistics=statistics, progress=False)
+    made = made[0] if isinstance(made, tuple) else made
+    assert torch.allclose(made.module()(data()[0][:7]), small(data()[0][:7]), atol=1e-4)
+
+
+def test_healed(model: nn.Module, statistics: tdc.Statistics) -> None:
+    small = tdc.compress(model, data()[0], budget="params=0.2", statistics=statistics, progress=False)
+    before = lost(small, model)
+    tdc.heal(small, model, data(), config=tdc.Heal(epochs=10, rate=5e-3), progress=False)
+    assert lost(small, model) < 0.9 * before
+
+
 def test_a_plan_is_read_as_it_was_written(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
     assert "o=" in str(plan)

@@ -27,6 +27,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
+_SIZES = {"i": ("in_features", "nx"), "o": ("out_features", "nf")}
+"""Axis -> what linear layers call its size."""
+
+
 class Factored(nn.Module):
     """A layer whose weight is never formed: ``block`` runs on the factors.
 
@@ -215,15 +219,20 @@ class Factored(nn.Module):
         with torch.no_grad():
             module._parameters["weight"] = nn.Parameter(self.weight.contiguous())
         module._parameters["bias"] = self.bias
+        for axis, names in _SIZES.items():  # there may be fewer hidden units than in the replaced one
+            for name in (name for name in names if isinstance(getattr(module, name, None), int)):
+                setattr(module, name, dict(self.block.sizes)[axis])
         module.training = self.training
         for name in (*_HOOKS, *_HOOK_FLAGS):
             if name in self.__dict__:
                 module.__dict__[name] = self.__dict__[name]
         return module
 
-    def _ranks(self) -> str:
+    @property
+    def _format(self) -> str:
         weight = self.block.kind.dense.inputs[1].axes
-        return ", ".join(f"{axis}={size}" for axis, size in self.block.sizes if axis not in weight)
+        ranks = [f"{axis}={size}" for axis, size in self.block.sizes if axis not in weight]
+        return ", ".join([self.decomposition, *ranks])
 
 
 class FactoredLinear(Factored):
@@ -240,10 +249,7 @@ class FactoredLinear(Factored):
         return self._run(eye, None, self.block.ops).T
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, {self.decomposition}, {self._ranks()}, "
-            f"bias={self.bias is not None}"
-        )
+        return f"{self.in_features}, {self.out_features}, {self._format}, bias={self.bias is not None}"
 
 
 class FactoredConv(Factored):
@@ -290,7 +296,7 @@ class FactoredConv(Factored):
     def extra_repr(self) -> str:
         windows = map(str, _slides(self.block))
         return (
-            f"{self.in_channels}, {self.out_channels}, {self.decomposition}, {self._ranks()}, {', '.join(windows)}, "
+            f"{self.in_channels}, {self.out_channels}, {self._format}, {', '.join(windows)}, "
             f"groups={self.groups}, bias={self.bias is not None}"
         )
 
