@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tdc.decompositions import bias_shift, optimum
 from tdc.errors import CalibrationError, OptionError
 from tdc.frontends.program import Change, head, is_usable, size_of
-from tdc.ir import Remark, Site
+from tdc.ir import Hidden, Metric, Remark, Site
 from tdc.progress import track
 from tdc.statistics import (
     WIDEST,
@@ -26,6 +27,7 @@ from tdc.statistics import (
 )
 
 from ._backwards import Backwards, stored_moment
+from ._hidden import eliminated, narrowed, sites_of, widened
 from ._split_half import split_half
 from .base import Pass, Unit
 from .propose_layouts import SMALL_ERROR, metric_name
@@ -34,6 +36,9 @@ __all__ = ["Calibrate"]
 
 PROBE_ERRORS = (3e-4, 3e-3, SMALL_ERROR, 0.3)
 """Relative squared errors given to one site at a time."""
+HIDDEN_ERRORS = (3e-3, SMALL_ERROR)
+"""The same for leaving out hidden units."""
+_HIDDEN_STEPS = 64
 PROBE_EXAMPLES = 8
 _MANY = 64
 """Sites from which on not every one is probed at all errors."""
@@ -59,7 +64,8 @@ class Calibrate(Pass):
     the last direction of a classifier moves all logits together, which changes nothing, and the others everything; and
     what goes at the small errors of most layers of a good plan is what the output hardly looks at: there the
     sensitivity is up to a hundred times lower than at 0.03. Of more than 64 sites 24 are probed at all errors, and the
-    others at 0.03. Uniform weights are worse than no allocation.
+    others at 0.03. Uniform weights are worse than no allocation. Of hidden units that a site reads so many are left out
+    that its error is near 3e-3 and 0.03 (:func:`probed_hidden`).
     """
 
     name = "calibrate"
@@ -151,7 +157,8 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
         entries, moments, means = _with_importance(entries, sums, moments, means)
     entries, gradients = backwards.kept(entries)
     gathered = Statistics(entries, moments, means, batches, tuple(remarks), gradients)
-    probes = _probed(unit, gathered, probe or _short(unit, first), backwards.logits)
+    probing = Probing.of(unit, probe or _short(unit, first), backwards.logits)
+    probes = _probed(unit, gathered, probing)
     weights = [next((value for _, value in own if value > 0), 0.0) for own in probes]
     silent = [entry.site for entry, weight in zip(entries, weights, strict=True) if weight == 0]
     entries = tuple(
@@ -163,6 +170,8 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
     if silent:
         reason = f"{len(silent)} site(s) do not change the outputs on the probe batches: taken as of median sensitivity"
         remarks.append(Remark(silent[0].name if len(silent) == 1 else "", "calibrate", reason))
+    around = probed_hidden(unit, gathered, probing)
+    entries = tuple(replace(entry, hidden=around.get(entry.site.order, ())) for entry in entries)
     return replace(gathered, sites=entries, remarks=tuple(remarks))
 
 
@@ -272,33 +281,80 @@ def _short(unit: Unit, batch: Any) -> list[Any]:
     return [short]
 
 
-def _probed(
-    unit: Unit, gathered: Statistics, probe: Sequence[Any], logits: str | None
-) -> list[tuple[tuple[float, float], ...]]:
+@dataclass(frozen=True)
+class Probing:
+    """Batches for forward runs, with the outputs of the dense model; ``logits``: the name of those among them."""
+
+    unit: Unit
+    batches: Sequence[Any]
+    references: Sequence[Mapping[str, Tensor]]
+    logits: str | None
+
+    @classmethod
+    def of(cls, unit: Unit, batches: Sequence[Any], logits: str | None) -> Probing:
+        return cls(unit, batches, [unit.program.outputs(batch, {}) for batch in batches], logits)
+
+    def sensitivity(self, site: Site, weight: Tensor, moved: Tensor, metric: Metric, error: float) -> float:
+        """The mean divergence of the outputs with another weight (both float64) in one site, over its relative squared
+        error.
+        """
+        new = Change(moved.to(getattr(torch, site.dtype)), bias_shift(weight - moved, metric))
+        changes = [
+            divergence(reference, self.unit.program.outputs(batch, {site.order: new}), self.logits)
+            for batch, reference in zip(self.batches, self.references, strict=True)
+        ]
+        change = sum(changes) / len(changes)
+        if not math.isfinite(change):
+            raise CalibrationError(f"the model's outputs on the probe batches are not finite (probing {site.name})")
+        return float(f"{max(change, 0.0) / error:.6g}")
+
+
+def probed_hidden(unit: Unit, gathered: Statistics, probing: Probing) -> dict[int, tuple[tuple[float, float], ...]]:
+    """For each site that reads hidden units, by its order, (error, ``divergence / error``) with so few of these that
+    its error is near HIDDEN_ERRORS.
+
+    What is left out was chosen on the calibration data, and is missed more on other data than the directions that low
+    rank leaves out: that is in these figures, where the probe batches are such data.
+    """
+    here, known = {site.order: site for site in unit.sites}, gathered.of(unit.sites)
+    found: dict[int, tuple[tuple[float, float], ...]] = {}
+    readers = [site for site in unit.sites if sites_of(site, here) is not None and site.order in known]
+    for site in track(readers, "probing hidden units", show=unit.options.progress):
+        weight = unit.program.weight(site).double()
+        metric = gathered.metric(known[site.order], weight, gathered.metric_name)
+        if metric.second_moment is None:
+            continue
+        units = weight.shape[1]
+        step = max(1, units // _HIDDEN_STEPS)
+        best = eliminated(weight, metric, step, max(step, units // 4))
+        own: dict[float, float] = {}
+        for wanted in HIDDEN_ERRORS:
+            width = next((k for k, error in best.errors.items() if error >= wanted), min(best.errors, default=0))
+            error = best.errors.get(width, 0.0)
+            if 1e-9 < error <= 1 and error not in own:
+                kept = best.order[units - width :].sort().values
+                around = Hidden(0, "i", width)
+                small, _ = narrowed(around, kept, weight, metric)
+                own[error] = probing.sensitivity(site, weight, widened(around, kept, small, weight), metric, error)
+        found[site.order] = tuple(sorted(own.items()))
+    return found
+
+
+def _probed(unit: Unit, gathered: Statistics, probing: Probing) -> list[tuple[tuple[float, float], ...]]:
     """For each site (error, ``divergence / error``), with it alone replaced by its optimum of relative squared errors
     near PROBE_ERRORS; () for one without any error. Of many sites most are probed at one error, see :func:`_completed`.
     """
-    references = [unit.program.outputs(batch, {}) for batch in probe]
     step = math.ceil(len(gathered.sites) / _FULLY) if len(gathered.sites) > _MANY else 1
     found = []
     for k, entry in enumerate(track(gathered.sites, "probing sites", show=unit.options.progress)):
         site = entry.site
-        weight = unit.program.weight(site)
-        double = weight.double()
+        double = unit.program.weight(site).double()
         metric = gathered.metric(entry, double, gathered.metric_name)
         best = optimum(double, metric, site.matrix[0])
         own = []
         for rank in _probe_ranks(best.tail, PROBE_ERRORS if k % step == 0 else (SMALL_ERROR,)):
-            moved = best.approximation(rank).reshape(weight.shape)
-            change_of_site = Change(moved.to(weight.dtype), bias_shift(double - moved, metric))
-            changes = [
-                divergence(reference, unit.program.outputs(batch, {site.order: change_of_site}), logits)
-                for batch, reference in zip(probe, references, strict=True)
-            ]
-            change, error = sum(changes) / len(changes), float(best.tail[rank])
-            if not math.isfinite(change):
-                raise CalibrationError(f"the model's outputs on the probe batches are not finite (probing {site.name})")
-            own.append((error, float(f"{max(change, 0.0) / error:.6g}")))
+            moved, error = best.approximation(rank).reshape(double.shape), float(best.tail[rank])
+            own.append((error, probing.sensitivity(site, double, moved, metric, error)))
         found.append(tuple(own))
     return found if step == 1 else _completed(gathered.sites, found, step)
 

@@ -13,6 +13,7 @@ from . import decompositions
 from .errors import BudgetError, OptionError
 from .frontends.program import Change
 from .ir import Remark
+from .passes._hidden import widened
 from .passes.base import Pass, Unit
 from .passes.check_error import CheckError
 from .passes.fit_factors import FitFactors
@@ -117,7 +118,10 @@ def _changes(unit: Unit) -> dict[int, Change]:
 def _rebuilt(unit: Unit, choice: Any, stored: Any) -> Tensor:
     like = unit.program.weight(choice.site)
     double = {k: f.double() if f.is_floating_point() else f for k, f in stored.items()}
-    return decompositions.rebuild(double, lowered(unit.target, choice)[0]).reshape(like.shape).to(like.dtype)
+    small = decompositions.rebuild(double, lowered(unit.target, choice)[0])
+    if choice.hidden is not None:
+        small = widened(choice.hidden, unit.kept[choice.hidden.group], small, like)
+    return small.reshape(like.shape).to(like.dtype)
 
 
 @dataclass

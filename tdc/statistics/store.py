@@ -56,6 +56,9 @@ class SiteStatistics:
     important: tuple[int, int] | None = None
     """Which moment is that of its input with each row at its importance, and of how many equal rows it tells."""
 
+    hidden: tuple[tuple[float, float], ...] = ()
+    """The same pairs for hidden units that the site reads, and that are left out."""
+
     def sensitivity_at(self, error: float) -> float:
         """The sensitivity at a relative squared error: the change of the output is taken for a power of the error
         between two probes that follow each other, ``d = a e^p`` with p at least one half; below them with the p of the
@@ -125,7 +128,7 @@ class Statistics:
                 entry.probes,
                 entry.important,
             ]
-            state.update(json.dumps(key).encode())
+            state.update(json.dumps([*key, entry.hidden] if entry.hidden else key).encode())
         for tensor in (*self.moments, *self.means, *self.gradients):
             state.update(tensor.contiguous().numpy().tobytes())
         return state.hexdigest()
@@ -286,6 +289,7 @@ def _entry_out(entry: SiteStatistics) -> dict[str, Any]:
     behind: dict[str, Any] = {} if entry.gradient is None else {"gradient": entry.gradient}
     behind |= {"probes": entry.probes} if entry.probes else {}
     behind |= {"important": entry.important} if entry.important else {}
+    behind |= {"hidden": entry.hidden} if entry.hidden else {}
     return {**entry.site.to_dict(), **fields, **conv, **behind}
 
 
@@ -300,6 +304,7 @@ def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
         lengths=tuple((str(axis), int(before), int(after)) for axis, before, after in row.get("lengths", ())),
         gradient=int(row["gradient"]) if "gradient" in row else None,
         probes=tuple((float(error), float(value)) for error, value in row.get("probes", ())),
+        hidden=tuple((float(error), float(value)) for error, value in row.get("hidden", ())),
         important=(int(row["important"][0]), int(row["important"][1])) if "important" in row else None,
     )
     possible = (
@@ -311,8 +316,9 @@ def _entry_in(row: Mapping[str, Any]) -> SiteStatistics:
         and (entry.important or (0, 1))[1] >= 1
         and entry.side in ("input", "output")
     )
-    possible = possible and all(0 < e <= 1 and 0 <= value < math.inf for e, value in entry.probes)
-    possible = possible and all(low < high for (low, _), (high, _) in pairwise(entry.probes))
+    for own in (entry.probes, entry.hidden):
+        possible = possible and all(0 < e <= 1 and 0 <= value < math.inf for e, value in own)
+        possible = possible and all(low < high for (low, _), (high, _) in pairwise(own))
     if not possible or not 0 <= entry.sensitivity < math.inf:
         raise ValueError(f"{entry.site.name} has impossible numbers")
     return entry

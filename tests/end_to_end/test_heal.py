@@ -20,6 +20,7 @@ from tdc.testing import random_cnn
 GENERATOR = torch.Generator().manual_seed(3)
 DATA = torch.randn(640, 24, generator=GENERATOR)
 TRAIN, TEST = DATA[:512], DATA[512:]
+LOW_RANK = ("pivoted", "svd")
 CONFIG = tdc.Heal(epochs=20, rate=3e-3, examples=16, patience=20)
 
 
@@ -37,7 +38,8 @@ def model() -> nn.Sequential:
 
 
 def small_of(dense: nn.Module, **options: Any) -> nn.Module:
-    return tdc.compress(dense, budget="params=0.6", calibration=list(TRAIN.split(128)), progress=False, **options)
+    data = list(TRAIN.split(128))
+    return tdc.compress(dense, budget="params=0.6", allow=LOW_RANK, calibration=data, progress=False, **options)
 
 
 def change(dense: nn.Module, small: nn.Module, x: Tensor) -> float:
@@ -76,7 +78,7 @@ def test_blends_are_of_two_examples_and_of_floating_inputs_only() -> None:
 
 def test_blends_make_more_of_little_data() -> None:
     dense, few = model(), list(TRAIN[:128].split(32))
-    cut = tdc.compress(dense, budget="params=0.6", calibration=few, progress=False)
+    cut = tdc.compress(dense, budget="params=0.6", allow=LOW_RANK, calibration=few, progress=False)
     lost = []
     for blends in (0.5, 0.0):
         cured = copy.deepcopy(cut)
