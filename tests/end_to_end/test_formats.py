@@ -155,7 +155,8 @@ def table() -> str:
         for kind in KINDS:
             plans = [planned(name, kind, variant) for variant in d.variants(axes_of(kind))]
             runs = [plan.choices[0].execution for plan in plans if plan is not None]
-            cells.append("factors" if "factored" in runs else "weight" if runs else "")
+            between = d.between_layers and kind in d.layers
+            cells.append("between" if between else "factors" if "factored" in runs else "weight" if runs else "")
         start = "exact at full rank" if d.exact_at_full_rank else "finds its own"
         rows.append(
             f"| `{name}` | {' | '.join(cells)} | {start} | {'yes' if d.by_default else 'by name'} | {d.summary} |"
