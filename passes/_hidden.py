@@ -87,10 +87,7 @@ def eliminated(weight: Tensor, metric: Metric, step: int, least: int) -> Elimina
     whole = decompositions.whitened(weight, metric)
     moment = whole.metric.second_moment
     assert moment is not None
-    units = len(moment)
-    diagonal = moment.diagonal()
-    ridge = _RIDGE * diagonal.mean() + torch.finfo(moment.dtype).tiny
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky((moment + moment.T) / 2 + torch.diag(ridge.expand(units))))
+    units, inverse = len(moment), torch.cholesky_inverse(_root(moment))
     rest, alive, gone = whole.weight, torch.arange(units), list[Tensor]()
     energy, lost, errors = decompositions.energy(whole.weight[None], whole.metric), 0.0, {}
     first = units % step or step
@@ -108,6 +105,17 @@ def eliminated(weight: Tensor, metric: Metric, step: int, least: int) -> Elimina
         alive = alive[stays]
         errors[len(alive)] = lost / energy if energy > 0 else 0.0
     return Elimination(torch.cat([*gone, alive]), errors)
+
+
+def _root(moment: Tensor) -> Tensor:
+    """The Cholesky factor of a moment with the least ridge with which it has one."""
+    even, mean = (moment + moment.T) / 2, float(moment.diagonal().mean())
+    ridge = max(_RIDGE * mean, torch.finfo(moment.dtype).tiny)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(even + ridge * torch.eye(len(even), dtype=even.dtype))
+        if not failed or ridge > mean:
+            return root
+        ridge *= 10
 
 
 def _cheapest(rest: Tensor, inverse: Tensor, count: int) -> Tensor:
@@ -159,9 +167,7 @@ def narrowed(hidden: Hidden | None, kept: Tensor, weight: Tensor, metric: Metric
     moment = metric.second_moment
     assert moment is not None
     own = moment[kept][:, kept]
-    ridge = _RIDGE * own.diagonal().mean() + torch.finfo(own.dtype).tiny
-    damped = own + torch.diag(ridge.expand(len(kept)))
-    best = torch.linalg.solve(damped, moment[kept] @ weight.T).T
+    best = torch.cholesky_solve(moment[kept] @ weight.T, _root(own)).T
     mean = None if metric.mean is None else metric.mean[..., kept]
     return best.contiguous(), replace(metric, second_moment=own, mean=mean)
 

@@ -104,7 +104,7 @@ def load(path: str | Path, model: M) -> M:
             if isinstance(block, Decline):
                 raise PlanError(f"{choice.site.name}: {block.reason}")
             joint = (choice.joint.group, shared(layout)) if choice.joint else (0, frozenset[str]())
-            rows.append(Saved(choice.site, block, choice.decomposition, *joint))
+            rows.append(Saved(choice.site, block, choice.decomposition, *joint, fewer_units="o" in choice.kept))
     restore(new, rows, tensors, head.get("aliases", {}))
     new.__dict__[RECORD] = record = (Report.from_json(head["report"]), plan)
     note_in_config(new, record)

@@ -27,8 +27,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
-_SIZES = {"i": ("in_features", "nx"), "o": ("out_features", "nf")}
-"""Axis -> what linear layers call its size."""
+_SIZES = {"in_features": "i", "nx": "i", "out_features": "o", "nf": "o"}
+"""What linear layers call the sizes of their axes."""
 
 
 class Factored(nn.Module):
@@ -219,9 +219,8 @@ class Factored(nn.Module):
         with torch.no_grad():
             module._parameters["weight"] = nn.Parameter(self.weight.contiguous())
         module._parameters["bias"] = self.bias
-        for axis, names in _SIZES.items():  # there may be fewer hidden units than in the replaced one
-            for name in (name for name in names if isinstance(getattr(module, name, None), int)):
-                setattr(module, name, dict(self.block.sizes)[axis])
+        sizes = dict(self.block.sizes)  # there may be fewer hidden units than in the replaced one
+        module.__dict__.update({name: sizes[axis] for name, axis in _SIZES.items() if name in module.__dict__})
         module.training = self.training
         for name in (*_HOOKS, *_HOOK_FLAGS):
             if name in self.__dict__:
@@ -231,8 +230,7 @@ class Factored(nn.Module):
     @property
     def _format(self) -> str:
         weight = self.block.kind.dense.inputs[1].axes
-        ranks = [f"{axis}={size}" for axis, size in self.block.sizes if axis not in weight]
-        return ", ".join([self.decomposition, *ranks])
+        return ", ".join([self.decomposition, *(f"{a}={n}" for a, n in self.block.sizes if a not in weight)])
 
 
 class FactoredLinear(Factored):

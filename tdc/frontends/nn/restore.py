@@ -19,13 +19,16 @@ __all__ = ["Saved", "restore"]
 
 @dataclass(frozen=True)
 class Saved:
-    """A replaced site: its block, and the group with which it shares factors (0: none)."""
+    """A replaced site: its block, the group with which it shares factors (0: none), and whether it gives fewer hidden
+    units than the dense one.
+    """
 
     site: Site
     block: Block
     decomposition: str
     group: int = 0
     shared: frozenset[str] = frozenset()
+    fewer_units: bool = False
 
 
 def restore(
@@ -102,7 +105,7 @@ def _factored(
                 factors[factor] = torch.empty_like(stored)
             bias = module._parameters.get("bias")
             stored = tensors.get(key := f"{path}.bias", tensors.get(aliases.get(key, "")))
-            if stored is not None and (bias is None or bias.shape != stored.shape):
+            if stored is not None and (bias is None or saved.fewer_units):
                 bias = nn.Parameter(torch.empty_like(stored))
             made[id(module)] = factored(module, block, factors, saved.decomposition, bias, sharing)
         swaps.append((path, made[id(module)]))

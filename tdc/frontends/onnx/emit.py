@@ -94,7 +94,8 @@ class Emitter:
         assert old is not None
         assert tensor is not None
         assert entries is not None
-        values = bias.reshape(entries.shape).astype(tensor.dtype.numpy())
+        shape = [size if size == 1 else -1 for size in entries.shape]  # there may be fewer hidden units
+        values = bias.reshape(shape).astype(tensor.dtype.numpy())
         node.replace_input_with(operand, self.constant(f"{old.name}.tdc_shifted", values, tensor.dtype))
         self.drop(old)
 

@@ -82,7 +82,9 @@ def _units(reader: Use, outputs: Mapping[ir.Value, int], uses: Mapping[int, Use]
             elif entry not in inside:
                 inside[entry] = None
                 frontier.append(entry)
-    return _checked(reader, Units({k: tuple(own) for k, own in producers.items()}, tuple(inside)))
+    alike = all(uses[k].width == reader.inputs for k in producers)
+    found = Units({k: tuple(own) for k, own in producers.items()}, tuple(inside))
+    return found if alike and producers and _is_closed(reader, found) else None
 
 
 def _own_bias(use: Use) -> list[Vector] | None:
@@ -95,23 +97,20 @@ def _own_bias(use: Use) -> list[Vector] | None:
 
 
 def _is_single(value: ir.Value) -> bool:
+    source = behind(value, "Cast", "CastLike")
+    tensor = None if source.is_graph_input() else stored(source)
+    if tensor is not None:
+        return int(np.prod(tuple(tensor.shape.numpy()))) == 1
     entries = known(value)
     return entries is not None and entries.size == 1
 
 
-def _checked(reader: Use, found: Units) -> Units | None:
-    """None where a value goes elsewhere too, or has another width."""
-    if not found.producers:
-        return None
+def _is_closed(reader: Use, found: Units) -> bool:
+    """Whether no value goes elsewhere too."""
     nodes = {value.producer() for value in found.values} | {reader.node}
-    width = reader.activation.shape[-1] if reader.activation.shape else None
-    for value in found.values:
-        if value.is_graph_output() or not value.shape or value.shape[-1] != width:
-            return None
-        for node, operand in value.uses():
-            if not _reads_form(node, operand) and node not in nodes:
-                return None
-    return found
+    uses = [use for value in found.values for use in value.uses()]
+    inside = all(_reads_form(node, operand) or node in nodes for node, operand in uses)
+    return inside and not any(value.is_graph_output() for value in found.values)
 
 
 def consumers(matches: Sequence[Match]) -> dict[int, int]:

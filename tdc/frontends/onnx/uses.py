@@ -68,6 +68,13 @@ class Use:
         return int(tensor.shape.numpy()[1 if self.flipped else 0])
 
     @property
+    def inputs(self) -> int:
+        """Number of inputs of a product."""
+        tensor = stored(self.root)
+        assert tensor is not None
+        return int(tensor.shape.numpy()[0 if self.flipped else 1])
+
+    @property
     def bias(self) -> np.ndarray | None:
         """The bias in float64, with a normalisation folded in; None if there is none that can be changed."""
         return bias(self.node, self.form, self.tail, self.width)
