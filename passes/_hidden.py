@@ -88,23 +88,23 @@ def eliminated(weight: Tensor, metric: Metric, step: int, least: int) -> Elimina
     moment = whole.metric.second_moment
     assert moment is not None
     units, inverse = len(moment), torch.cholesky_inverse(_root(moment))
-    rest, alive, gone = whole.weight, torch.arange(units), list[Tensor]()
+    rest, alive, gone = whole.weight.clone(), torch.ones(units, dtype=torch.bool), list[Tensor]()
     energy, lost, errors = decompositions.energy(whole.weight[None], whole.metric), 0.0, {}
-    first = units % step or step
-    while len(alive) - (count := step if gone else first) >= max(least, 1):
-        away = _cheapest(rest, inverse, count)
-        stays = torch.ones(len(alive), dtype=torch.bool)
-        stays[away] = False
-        own = torch.linalg.inv(inverse[away][:, away])
+    left, first = units, units % step or step
+    while left - (count := step if gone else first) >= max(least, 1):
+        away = _cheapest(rest, inverse, alive, count)
+        rows = inverse[away]
+        own = torch.linalg.inv(rows[:, away])
         part = rest[:, away]
         lost += max(float((part @ own * part).sum()), 0.0)
-        spread = own @ inverse[away][:, stays]
-        rest = rest[:, stays] - part @ spread
-        inverse = inverse[stays][:, stays] - inverse[stays][:, away] @ spread
-        gone.append(alive[away])
-        alive = alive[stays]
-        errors[len(alive)] = lost / energy if energy > 0 else 0.0
-    return Elimination(torch.cat([*gone, alive]), errors)
+        spread = own @ rows
+        rest.addmm_(part, spread, alpha=-1)
+        inverse.addmm_(rows.T, spread, alpha=-1)
+        gone.append(away)
+        alive[away] = False
+        left -= count
+        errors[left] = lost / energy if energy > 0 else 0.0
+    return Elimination(torch.cat([*gone, alive.nonzero()[:, 0]]), errors)
 
 
 def _root(moment: Tensor) -> Tensor:
@@ -118,10 +118,10 @@ def _root(moment: Tensor) -> Tensor:
         ridge *= 10
 
 
-def _cheapest(rest: Tensor, inverse: Tensor, count: int) -> Tensor:
+def _cheapest(rest: Tensor, inverse: Tensor, alive: Tensor, count: int) -> Tensor:
     """Units to leave out one after the other, each with those before it gone, among the ones that are cheapest now."""
-    price = rest.square().sum(0) / inverse.diagonal()
-    near = torch.topk(price, min(len(price), _NEAR * count), largest=False).indices.sort().values
+    price = (rest.square().sum(0) / inverse.diagonal()).masked_fill(~alive, torch.inf)
+    near = torch.topk(price, min(int(alive.sum()), _NEAR * count), largest=False).indices.sort().values
     rest, inverse = rest[:, near], inverse[near][:, near]
     free, chosen = torch.ones(len(near), dtype=torch.bool), list[int]()
     for _ in range(count):

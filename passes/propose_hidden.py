@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-import torch
 from torch import Tensor
 
 from tdc import decompositions
@@ -84,13 +83,14 @@ class _Group:
             members = tuple(self._plain(k, width, best) for k in range(len(sites)))
             if all(isinstance(member, Candidate) for member in members):
                 found.append(members)  # type: ignore[arg-type]
+        energies = [_energy(weight, metric) for weight, metric in zip(weights, metrics, strict=True)]
         mixed = {step * round(part * units / step) for part in _MIXED}
         for members in [m for m in found if m[0].hidden and m[0].hidden.width in mixed]:
             width = members[0].hidden.width  # type: ignore[union-attr]
             kept = best.order[units - width :].sort().values
             rows = [
-                self._layouts(member, narrowed(member.hidden, kept, weight, metric), weight, metric, chosen)
-                for member, weight, metric in zip(members, weights, metrics, strict=True)
+                self._layouts(member, narrowed(member.hidden, kept, weight, metric), energy, chosen)
+                for member, weight, metric, energy in zip(members, weights, metrics, energies, strict=True)
             ]
             found += [mixed for mixed in _mixed(rows) if mixed != members]
         return tuple(found)
@@ -122,13 +122,12 @@ class _Group:
         self,
         plain: Candidate,
         small: tuple[Tensor, Metric],
-        weight: Tensor,
-        metric: Metric,
+        energy: float,
         chosen: Sequence[decompositions.Decomposition],
     ) -> list[Candidate]:
-        """The smaller dense weight of one site, and the layouts of it that cost less."""
+        """The smaller dense weight of one site, and the layouts of it that cost less; ``energy``: of the whole one."""
         axes = {**plain.site.axes, **plain.kept}
-        part = _energy(*small) / max(_energy(weight, metric), torch.finfo(weight.dtype).tiny)
+        part = _energy(*small) / energy if energy > 0 else 1.0
         found = [plain]
         for decomposition in chosen:
             for variant in decomposition.variants(axes):

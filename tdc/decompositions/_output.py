@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,14 +23,22 @@ __all__ = ["Whitened", "absorbs", "along", "errors", "fit", "holder", "optimum",
 
 @dataclass(frozen=True, eq=False)
 class Whitened:
-    """``R W`` in the shape of the weight, its metric without G, that of the weight itself without G, and ``R^-1``
-    (g, o, o), None for the identity.
+    """``R W`` in the shape of the weight, its metric without G, that of the weight itself without G, and R (g, o, o),
+    None for the identity.
     """
 
     weight: Tensor
     metric: Metric
     plain: Metric
-    back: Tensor | None
+    root: Tensor | None
+
+    @cached_property
+    def back(self) -> Tensor | None:
+        """``R^-1``."""
+        if self.root is None:
+            return None
+        eye = torch.eye(self.root.shape[-1], dtype=self.root.dtype).expand_as(self.root)
+        return torch.linalg.solve_triangular(self.root, eye, upper=True)
 
 
 _last: tuple[Tensor, int, Metric, Whitened] | None = None
@@ -50,7 +59,7 @@ def whitened(weight: Tensor, metric: Metric) -> Whitened:
         (root @ weight.reshape(groups, outputs, -1)).reshape(weight.shape),
         replace(metric, gradient=None, output_moment=None if moment is None else root @ moment @ root.mT),
         replace(metric, gradient=None),
-        torch.linalg.solve_triangular(root, torch.eye(outputs, dtype=root.dtype).expand_as(root), upper=True),
+        root,
     )
     _last = (weight, version, metric, found)
     return found
