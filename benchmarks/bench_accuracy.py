@@ -4,8 +4,9 @@
 
 `input`: planned and fitted in the metric of the inputs. `fisher`: in that of the output gradients too. `anchored`: each
 layer fitted on what the layers before it, already cut, give. `healed`: then trained, without labels.
-Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no pivoted` (formats without gathers),
-`no joint` (inputs that layers share are not made use of), `no bias` (the mean of an error does not go into the bias).
+Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no hidden` (all units between layers stay),
+`no pivoted` (formats without gathers), `no joint` (inputs that layers share are not made use of), `no bias` (the mean
+of an error does not go into the bias); `anchored no hidden`: of `anchored`.
 
 Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics and fits (draws 1 and 2:
 8192 to 16383, 24576 to 32767), 0 to 19999 for healing, 20000 to 20511 for the sensitivities, the 5,000 development
@@ -42,13 +43,16 @@ from tdc.passes.propose_joint import ProposeJoint
 
 NAME = "accuracy"
 KEYS = ("model", "part", "budget", "draw")
+GATHERLESS = ("svd", "output_svd", "input_svd", "spatial_svd", "tucker2")
 PARTS: dict[str, dict[str, Any]] = {
     "input": {"metric": "input"},
     "fisher": {},
     "anchored": {"calibrated": True},
     "healed": {"calibrated": True, "healed": True},
     "uniform": {"allocation": "uniform"},
-    "no pivoted": {"allow": ("svd", "output_svd", "input_svd", "spatial_svd", "tucker2")},
+    "no hidden": {"allow": ("pivoted", *GATHERLESS)},
+    "anchored no hidden": {"allow": ("pivoted", *GATHERLESS), "calibrated": True},
+    "no pivoted": {"allow": ("interpolative", *GATHERLESS)},
     "no joint": {"joint": False},
     "no bias": {"bias": False},
 }
