@@ -16,6 +16,7 @@ from tdc.errors import PlanError
 from tdc.frontends.clock import Run
 from tdc.ir import Plan
 
+pytestmark = pytest.mark.usefixtures("dynamo")
 WIDTH, UNITS = 32, 96
 BUDGET = "params=0.6"
 

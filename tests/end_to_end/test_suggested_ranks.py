@@ -298,7 +298,7 @@ def test_a_budget_beside_is_refused_in_every_door(mlp: nn.Sequential, tmp_path: 
         ({"allocation": "energy=much"}, "'much' in the allocation 'energy=much' is not a number"),
     ],
 )
-def test_the_backend_refuses_the_same(options: dict[str, Any], words: str) -> None:
+def test_the_backend_refuses_the_same(dynamo: None, options: dict[str, Any], words: str) -> None:
     fast: Any = torch.compile(random_mlp((64, 48)), backend=tdc_backend, options=options)
     with torch.no_grad(), pytest.raises(Exception, match=words):
         fast(X)
