@@ -69,6 +69,10 @@ class Elimination:
     order: Tensor
     errors: Mapping[int, float]
 
+    def kept(self, width: int) -> Tensor:
+        """The units that are left when there are so many, in rising order."""
+        return self.order[len(self.order) - width :].sort().values
+
 
 def hidden_step(target: Target, units: int) -> int:
     """How many units are left out at a time: what is kept is a multiple of it."""
@@ -76,8 +80,8 @@ def hidden_step(target: Target, units: int) -> int:
 
 
 def eliminated(weight: Tensor, metric: Metric, step: int, least: int) -> Elimination:
-    """Leave hidden units h out of ``W h``, ``step`` at a time, down to ``least``: those whose part in it the others
-    make up for best.
+    """Leave hidden units h out of ``W h``, ``step`` at a time, down to ``least`` (in smaller last steps, if need be):
+    those whose part in it the others make up for best.
 
     With the units K kept, the best weight for them is ``W S[:, K] S[K, K]^-1``, with S the moment of h, and what is
     lost by leaving out one unit j more is ``||R w_j||^2 / (S[K, K]^-1)_jj``, w that weight and ``R^T R`` the moment of
@@ -91,7 +95,8 @@ def eliminated(weight: Tensor, metric: Metric, step: int, least: int) -> Elimina
     rest, alive, gone = whole.weight.clone(), torch.ones(units, dtype=torch.bool), list[Tensor]()
     energy, lost, errors = decompositions.energy(whole.weight[None], whole.metric), 0.0, {}
     left, first = units, units % step or step
-    while left - (count := step if gone else first) >= max(least, 1):
+    while left > max(least, 1):
+        count = min(step if gone else first, left - max(least, 1))
         away = _cheapest(rest, inverse, alive, count)
         rows = inverse[away]
         own = torch.linalg.inv(rows[:, away])
@@ -143,9 +148,8 @@ def kept_units(unit: Unit, plan: Plan) -> dict[int, Tensor]:
         assert reader.hidden is not None
         weight = unit.program.weight(reader.site).double()
         metric = metric_of(unit, reader.site, known.get(reader.site.order), weight)
-        units, width = weight.shape[1], reader.hidden.width
-        order = eliminated(weight, metric, hidden_step(unit.target, units), width).order
-        found[group] = order[units - width :].sort().values
+        width = reader.hidden.width
+        found[group] = eliminated(weight, metric, hidden_step(unit.target, weight.shape[1]), width).kept(width)
     return found
 
 

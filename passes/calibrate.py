@@ -332,8 +332,7 @@ def probed_hidden(unit: Unit, gathered: Statistics, probing: Probing) -> dict[in
             width = next((k for k, error in best.errors.items() if error >= wanted), min(best.errors, default=0))
             error = best.errors.get(width, 0.0)
             if 1e-9 < error <= 1 and error not in own:
-                kept = best.order[units - width :].sort().values
-                around = Hidden(0, "i", width)
+                kept, around = best.kept(width), Hidden(0, "i", width)
                 small, _ = narrowed(around, kept, weight, metric)
                 own[error] = probing.sensitivity(site, weight, widened(around, kept, small, weight), metric, error)
         found[site.order] = tuple(sorted(own.items()))

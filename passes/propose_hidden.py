@@ -33,8 +33,8 @@ data than those that chose the units (SmolLM2, 24,576 tokens: by 1.35 to 2.1 tim
 @dataclass(frozen=True)
 class ProposeHidden(Pass):
     """For each group of linear sites with hidden units between them (the layers of an MLP, gated or not): fewer of
-    these units (the decompositions with ``between_layers``), as smaller dense weights and in the allowed
-    layouts of these.
+    these units (the decompositions with ``between_layers``), as smaller dense weights and in the allowed layouts of
+    these.
 
     The error of the site that reads the units is that of leaving some out and that of its layout together; which are
     left out is decided by :func:`._hidden.eliminated`. Needs statistics of the units.
@@ -71,13 +71,13 @@ class _Group:
     """Of the decomposition of the hidden units."""
 
     def options(self, chosen: Sequence[decompositions.Decomposition]) -> tuple[Members, ...]:
-        """What they can do together, in rising order of parameters."""
+        """What they can do together: smaller dense weights, and then other layouts of these."""
         unit, sites = self.unit, self.sites
         weights = [unit.program.weight(site).double() for site in sites]
         metrics = [metric_of(unit, s, self.known.get(s.order), w) for s, w in zip(sites, weights, strict=True)]
         units = sites[-1].axes["i"]
         step = hidden_step(unit.target, units)
-        best = eliminated(weights[-1], metrics[-1], step, max(step, round(_LEAST * units)))
+        best = eliminated(weights[-1], metrics[-1], step, step * max(1, round(_LEAST * units / step)))
         found: list[Members] = []
         for width in best.errors:
             members = tuple(self._plain(k, width, best) for k in range(len(sites)))
@@ -87,7 +87,7 @@ class _Group:
         mixed = {step * round(part * units / step) for part in _MIXED}
         for members in [m for m in found if m[0].hidden and m[0].hidden.width in mixed]:
             width = members[0].hidden.width  # type: ignore[union-attr]
-            kept = best.order[units - width :].sort().values
+            kept = best.kept(width)
             rows = [
                 self._layouts(member, narrowed(member.hidden, kept, weight, metric), energy, chosen)
                 for member, weight, metric, energy in zip(members, weights, metrics, energies, strict=True)

@@ -59,10 +59,12 @@ class Stopwatch:
     def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[Kernel | None] = ()) -> list[float]:
         """Seconds that a site takes in a run, as it is and in place of it with each block, by stock operators."""
         met = self.met[site.order]
+        whole = [alone(self.source, one) for one in met]
         contestants: list[list[Run]] = [[_empty()]]
         for block in (None, *blocks):
             entering = [_fitting(one, block) for one in met]
-            small = [alone(self.source, one) for one in entering]
+            pairs = zip(whole, met, entering, strict=True)
+            small = [own if new is old else alone(self.source, new) for own, old, new in pairs]
             numbers = stored_numbers(block) if block is not None else site.params
             copies = range(copies_of(numbers * met[0].activation.itemsize))
             rows = [[_run(own, one, block, seed) for own, one in zip(small, entering, strict=True)] for seed in copies]
@@ -76,6 +78,8 @@ def _fitting(met: Met, block: Block | None) -> Met:
     if block is None or block.kind.is_conv:
         return met
     width, axis = dict(block.sizes)["i"], met.activation.ndim - 1 - met.use.turned
+    if width == met.activation.shape[axis]:
+        return met
     return replace(met, activation=np.ascontiguousarray(met.activation.take(np.arange(width), axis)))
 
 

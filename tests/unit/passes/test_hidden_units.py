@@ -53,8 +53,20 @@ def test_the_errors_are_those_of_the_smaller_weights(gradient: bool) -> None:
     assert list(found.errors) == [48, 40, 32, 24, 16, 8]
     assert sorted(found.order.tolist()) == list(range(50))
     for width, error in found.errors.items():
-        kept = found.order[50 - width :].sort().values
+        kept = found.kept(width)
         assert error == pytest.approx(lost(weight, without(weight, metric, kept), metric), rel=0.02)
+
+
+@pytest.mark.parametrize("width", [1, 7, 33, 49, 50])
+def test_any_number_can_be_kept(width: int) -> None:
+    """A plan may have been edited, or made for a machine with other steps."""
+    weight, metric = problem(10, 50)
+    found = eliminated(weight, metric, 8, width)
+    kept = found.kept(width)
+    assert len(set(kept.tolist())) == width
+    if width < 50:
+        assert min(found.errors) == width
+        assert found.errors[width] == pytest.approx(lost(weight, without(weight, metric, kept), metric), rel=0.02)
 
 
 def test_one_at_a_time_is_near_the_best_choice() -> None:
