@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdc.ir import Metric, Site
 from tdc.statistics import shrunk
+from tdc.statistics.moments import gram
 from tdc.statistics.patches import input_rows, output_rows, window_lengths
 
 __all__ = ["Pair"]
@@ -165,7 +166,7 @@ def _moments(site: Site, runs: Runs) -> Pair:
                 rows, each = [v[:, good] for v in rows], each[good]
             scaled = rows[1] * each[:, None]
             drift += (inputs.between(rows[0], rows[1]).mT @ scaled).cpu()
-            own += (rows[1].mT @ scaled).cpu()
+            own += gram(rows[1], scaled).cpu()
             sums += torch.stack([rows[0] * each[:, None], scaled]).sum(2, dtype=torch.float64).cpu()
             if apart is not None:
                 between = added.between(rows[2], rows[3])

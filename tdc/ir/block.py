@@ -233,4 +233,4 @@ def conv_groups(op: Op, sizes: Mapping[str, int]) -> int:
     assert op.equation is not None
     activation, factor = (term.axes for term in op.equation.inputs)
     shared = set(activation) & set(factor) & set(op.equation.output.axes)
-    return math.prod(sizes[axis] for axis in shared - {window.axis for window in op.windows})
+    return math.prod([sizes[axis] for axis in shared - {window.axis for window in op.windows}])

@@ -61,7 +61,7 @@ class Term:
 
     def shape(self, sizes: Mapping[str, int]) -> Shape:
         """The stored shape: one length per group."""
-        return tuple(math.prod(sizes[axis] for axis in group) for group in self.groups)
+        return tuple(math.prod([sizes[axis] for axis in group]) for group in self.groups)
 
     def __str__(self) -> str:
         return " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in self.groups)

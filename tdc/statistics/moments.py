@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ir import Site
 from .patches import input_rows, output_rows, window_lengths
 
-__all__ = ["WIDEST", "Collector", "Gradients", "Moments"]
+__all__ = ["WIDEST", "Collector", "Gradients", "Moments", "gram"]
 
 WIDEST = 5120
 """Inputs per position (n) of a convolution above which the moment of its outputs is gathered instead: a float32
@@ -22,6 +22,23 @@ _DOUBLE = 2048
 _CLIP = 10.0
 _EVEN = 0.1
 """How much of the importance of a row is the same for all."""
+_BLOCK = 256
+
+
+def gram(rows: Tensor, scaled: Tensor) -> Tensor:
+    """``sum a x x^T`` (..., n, n) of rows x and ``a x`` (..., m, n): only blocks on and above the diagonal are
+    multiplied out.
+    """
+    width = rows.shape[-1]
+    if width < 2 * _BLOCK:
+        return rows.mT @ scaled
+    found = rows.new_empty((*rows.shape[:-2], width, width))
+    for start in range(0, width, _BLOCK):
+        end = min(start + _BLOCK, width)
+        part = rows[..., start:end].mT @ scaled[..., start:]
+        found[..., start:end, start:] = part
+        found[..., end:, start:end] = part[..., end - start :].mT
+    return found
 
 
 @dataclass
@@ -83,7 +100,7 @@ class Moments:
         if self.weight is not None:
             matrix = self.weight.to(left).mT
             left, right = left @ matrix, right @ matrix
-        self.total += (left.mT @ right).to("cpu", self.total.dtype)
+        self.total += gram(left, right).to("cpu", self.total.dtype)
 
     @property
     def effective_rows(self) -> int:

@@ -141,6 +141,8 @@ def test_a_format(name: str, kind: str, variant: str, folder: Path) -> None:
         own = copy.deepcopy(model)  # what the backend made lives as long as the weights do
         fast = torch.compile(own, backend=tdc_backend, options={"plan": plan, "inner": "eager", "strict": True})
         assert torch.allclose(fast(x), expected, atol=1e-5)
+        one_graph = torch.compile(small, backend="eager", fullgraph=True)
+        assert torch.allclose(one_graph(x), expected, atol=1e-5)
     path = folder / "small.onnx"
     tdc.compress_onnx(exported(kind, folder), path, plan=plan, progress=False)
     answer = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})[0]
