@@ -13,13 +13,14 @@ from torch import Tensor
 
 from tdc.decompositions import bias_shift, optimum
 from tdc.errors import CalibrationError, OptionError
-from tdc.frontends.program import Change, head, is_usable, size_of
+from tdc.frontends.program import Change, fingerprint, head, is_usable, size_of
 from tdc.ir import Hidden, Metric, Remark, Site
 from tdc.progress import track
 from tdc.statistics import (
     WIDEST,
     Collector,
     Gradients,
+    Importance,
     Moments,
     SiteStatistics,
     Statistics,
@@ -106,30 +107,46 @@ def _covered(unit: Unit) -> Unit:
 
 @dataclass
 class _Anchors:
-    """The first batches of the calibration data, up to some size."""
+    """The first batches of the calibration data, up to some size, each with the importance of its rows."""
 
     batches: list[Any] = field(default_factory=list)
     importance: list[Mapping[int, Tensor]] = field(default_factory=list)
     size: int = 0
 
-    def add(self, batch: Any, backwards: Backwards) -> bool:
-        """Whether there is room for more. ``backwards`` has just run on the batch, if it is to."""
+    def add(self, batch: Any, importance: Mapping[int, Tensor]) -> bool:
+        """Whether there is room for more."""
         self.size += size_of(batch)
         if self.size <= _ANCHOR_BYTES and is_usable(batch):
             self.batches.append(batch)
-            self.importance.append(backwards.of_batch())
+            self.importance.append(importance)
         return self.size <= _ANCHOR_BYTES
 
     def read(self, unit: Unit) -> None:
-        """The calibration data, for statistics that were gathered before."""
+        """The calibration data, for statistics that were gathered before. Batches that they were gathered from are
+        known to them.
+        """
+        gathered = unit.statistics
+        assert gathered is not None
+        wanted = metric_name(unit) == "fisher" and any(e.important is not None for e in gathered.sites)
+        known = gathered.importance_of(unit.sites) if wanted else {}
         backwards = Backwards(unit, Gradients(summed=False))
-        known = unit.statistics is not None and any(e.important is not None for e in unit.statistics.sites)
         batches = unit.program.batches(unit.calibration)
-        for batch in track(batches, "weighing rows", show=unit.options.progress and known):
-            if known and metric_name(unit) == "fisher" and is_usable(batch):
+        for batch in track(batches, "weighing rows", show=unit.options.progress and wanted):
+            found = known.get(_name(unit, batch)) if known else None
+            if found is None and wanted and is_usable(batch):
                 backwards.add(batch)
-            if not self.add(batch, backwards):
+                found = backwards.of_batch()
+            if not self.add(batch, found or {}):
                 break
+
+    def kept(self, unit: Unit, entries: Sequence[SiteStatistics]) -> tuple[Importance, ...]:
+        """The importance as statistics keep it."""
+        pairs = zip(self.batches, self.importance, strict=True)
+        return tuple(Importance.of(_name(unit, batch), own, entries) for batch, own in pairs if own)
+
+
+def _name(unit: Unit, batch: Any) -> str:
+    return f"{unit.program.door} {fingerprint(batch)}"
 
 
 def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
@@ -172,7 +189,7 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
         remarks.append(Remark(silent[0].name if len(silent) == 1 else "", "calibrate", reason))
     around = probed_hidden(unit, gathered, probing)
     entries = tuple(replace(entry, hidden=around.get(entry.site.order, ())) for entry in entries)
-    return replace(gathered, sites=entries, remarks=tuple(remarks))
+    return replace(gathered, sites=entries, remarks=tuple(remarks), importance=anchors.kept(unit, entries))
 
 
 def _first(seen: Sequence[Site], place: Mapping[int, int], k: int) -> Site:
@@ -219,7 +236,7 @@ def _observe(unit: Unit, anchors: _Anchors) -> tuple[Collector, Any, int, Backwa
             backwards.add(batch)
         unit.program.observe(batch, unit.sites, collector.tap)
         collector.end_batch()
-        anchors.add(batch, backwards)
+        anchors.add(batch, backwards.of_batch())
         backwards.gradients.norms.clear()
         count += 1
     if count == 0:

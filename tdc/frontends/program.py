@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ __all__ = [
     "Replacement",
     "Stopwatch",
     "Tap",
+    "fingerprint",
     "head",
     "is_usable",
     "passed_over_weight",
@@ -229,6 +231,28 @@ def size_of(batch: Any) -> int:
     if isinstance(batch, (tuple, list)):
         return sum(size_of(value) for value in batch)
     return int(batch.nbytes) if isinstance(batch, (Tensor, np.ndarray)) else 0
+
+
+def fingerprint(batch: Any) -> str:
+    """SHA-256 over the content of all tensors and arrays of a batch, and how it is put together."""
+    state = hashlib.sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, Mapping):
+            value = list(value.items())
+        if isinstance(value, (tuple, list)):
+            state.update(f"{len(value)} of".encode())
+            for part in value:
+                take(part)
+        elif isinstance(value, (Tensor, np.ndarray)):
+            state.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            flat = torch.as_tensor(value).detach().cpu().contiguous().flatten()
+            state.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        else:
+            state.update(repr(value).encode())
+
+    take(batch)
+    return state.hexdigest()
 
 
 def head(batch: Any, examples: int) -> Any:

@@ -2,12 +2,13 @@
 
 from .divergence import Probe, divergence, divergence_of, logits_among
 from .moments import WIDEST, Collector, Gradients, Moments
-from .store import SiteStatistics, Statistics, damped, shrunk
+from .store import Importance, SiteStatistics, Statistics, damped, shrunk
 
 __all__ = [
     "WIDEST",
     "Collector",
     "Gradients",
+    "Importance",
     "Moments",
     "Probe",
     "SiteStatistics",

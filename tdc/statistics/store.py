@@ -87,11 +87,33 @@ class SiteStatistics:
 
 
 @dataclass(frozen=True, eq=False)
+class Importance:
+    """How much each row of one calibration batch matters to the sites that read it
+    (:meth:`tdc.statistics.Gradients.importance`), float32: one vector for each distinct activation.
+    """
+
+    batch: str
+    """Identifies the batch."""
+    rows: tuple[Tensor, ...]
+    places: tuple[int, ...]
+    """Of each site of the statistics the place of its rows; -1 where they are not known."""
+
+    @classmethod
+    def of(cls, batch: str, weights: Mapping[int, Tensor], sites: Sequence[SiteStatistics]) -> Importance:
+        """``weights``: by ``site.order``, the same tensor for the same activation."""
+        rows = list({id(tensor): tensor for tensor in weights.values()}.values())
+        place = {id(tensor): k for k, tensor in enumerate(rows)}
+        orders = [entry.site.order for entry in sites]
+        return cls(batch, tuple(rows), tuple(place[id(weights[o])] if o in weights else -1 for o in orders))
+
+
+@dataclass(frozen=True, eq=False)
 class Statistics:
     """Input second moments ``S = E[x x^T]`` and means ``E[x]``, float32, with the sites that read them: (i, i) and (i)
     of linear sites, (g, n, n) and (g, n) of the patches of convolutions; and, where the door could run backwards, for
     each site ``G = E[g g^T]``, (o, o) or (g, o, o), over the gradients g of the loss in its outputs, and S and the mean
-    with each row at its importance ``||g||^2`` (behind the others in ``moments`` and ``means``).
+    with each row at its importance ``||g||^2`` (behind the others in ``moments`` and ``means``). ``importance``: of the
+    first calibration batches, which fits to what a cut model makes of them ask for.
 
     One file serves every door: sites are recognised by their weights. ``digest`` identifies the content; plans record
     it.
@@ -104,6 +126,18 @@ class Statistics:
     remarks: tuple[Remark, ...] = ()
     gradients: tuple[Tensor, ...] = ()
     """Of the same order as the sites when they were gathered."""
+    importance: tuple[Importance, ...] = ()
+
+    def importance_of(self, sites: Sequence[Site]) -> dict[str, dict[int, Tensor]]:
+        """Batch -> ``site.order`` -> how much the rows that the site reads matter, where it is known."""
+        if not self.importance:
+            return {}
+        place = {id(entry): k for k, entry in enumerate(self.sites)}
+        known = {order: place[id(entry)] for order, entry in self.of(sites).items()}
+        return {
+            own.batch: {order: own.rows[own.places[k]] for order, k in known.items() if own.places[k] >= 0}
+            for own in self.importance
+        }
 
     @property
     def metric_name(self) -> str:
@@ -112,7 +146,7 @@ class Statistics:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over sketches, sensitivities and moments (names do not count)."""
+        """SHA-256 over sketches, sensitivities and moments (names do not count, nor does ``importance``)."""
         state = hashlib.sha256()
         for entry in self.sites:
             key = [
@@ -177,9 +211,11 @@ class Statistics:
         tensors = {f"moment.{k}": tensor for k, tensor in enumerate(self.moments)}
         tensors |= {f"mean.{k}": tensor for k, tensor in enumerate(self.means)}
         tensors |= {f"gradient.{k}": tensor for k, tensor in enumerate(self.gradients)}
+        tensors |= {f"importance.{k}": torch.cat(own.rows) for k, own in enumerate(self.importance)}
         rows = [_entry_out(entry) for entry in self.sites]
         remarks = [[r.site, r.stage, r.reason] for r in self.remarks]
         head = {"format": _FORMAT, "version": _VERSION, "batches": self.batches, "sites": rows, "remarks": remarks}
+        head["importance"] = [[own.batch, [len(r) for r in own.rows], own.places] for own in self.importance]
         atomic_write(path, save(tensors, metadata={"tdc": json.dumps(head)}))
 
     @classmethod
@@ -200,6 +236,10 @@ class Statistics:
             places = [e.gradient for e in sites if e.gradient is not None]
             gradients = tuple(tensors[f"gradient.{k}"] for k in range(1 + max(places, default=-1)))
             remarks = tuple(Remark(*map(str, row)) for row in head.get("remarks", []))
+            importance = tuple(
+                _importance_in(row, tensors[f"importance.{k}"], len(sites))
+                for k, row in enumerate(head.get("importance", []))
+            )
             batches = int(head["batches"])
             if batches < 1:
                 raise ValueError("batches must be at least 1")
@@ -217,7 +257,7 @@ class Statistics:
                 reason = _wrong_gradient(gradients[entry.gradient], entry)
             if reason:
                 raise CalibrationError(f"the statistics file {path} is damaged at {entry.site.name}: {reason}")
-        return cls(sites, moments, means, batches, remarks, gradients)
+        return cls(sites, moments, means, batches, remarks, gradients, importance)
 
 
 def _wrong(moment: Tensor, mean: Tensor, entry: SiteStatistics) -> str:
@@ -281,6 +321,16 @@ def damped(gradient: Tensor) -> Tensor:
     whole = gradient.double() * (1 - _DAMPING)
     whole.diagonal(dim1=-2, dim2=-1).add_((_DAMPING * mean)[..., None])
     return torch.where((mean > 0)[..., None, None], whole, torch.eye(width, dtype=whole.dtype))
+
+
+def _importance_in(row: Sequence[Any], whole: Tensor, sites: int) -> Importance:
+    """Raises ValueError or TypeError where it is not what was written."""
+    batch, (lengths, places) = row[0], (tuple(map(int, column)) for column in row[1:])
+    good = whole.dtype == torch.float32 and bool(torch.isfinite(whole).all()) and bool((whole >= 0).all())
+    good = good and len(places) == sites and all(-1 <= k < len(lengths) for k in places)
+    if not good or min(lengths, default=0) < 0 or sum(lengths) != len(whole):
+        raise ValueError("impossible importance of rows")
+    return Importance(str(batch), whole.split(lengths), places)
 
 
 def _entry_out(entry: SiteStatistics) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +116,29 @@ def test_statistics_gathered_before_or_on_the_way_anchor_alike() -> None:
     pair = [tdc.compress(model, **options), tdc.compress(model, statistics=known, **options)]
     first, second = (small.state_dict() for small in pair)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_batches_that_the_statistics_know_are_not_run_backwards_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = random_mlp((24, 40, 32, 16)), torch.randn(500, 24)
+    batches, runs = list(data.split(100)), []
+    tdc.calibrate(model, batches[:4], progress=False).save(tmp_path / "a.stats")
+    gradients = NnProgram.gradients
+    monkeypatch.setattr(NnProgram, "gradients", lambda *a: runs.append(a) or gradients(*a))
+    known = tdc.Statistics.load(tmp_path / "a.stats")
+
+    def fitted(known: tdc.Statistics, count: int) -> dict[str, Tensor]:
+        options: dict[str, Any] = {"budget": "params=0.6", "progress": False, "statistics": known}
+        return tdc.compress(model, (data[:1],), calibration=batches[:count], **options).state_dict()
+
+    found = fitted(known, 4)
+    assert not runs
+    again = fitted(replace(known, importance=()), 4)
+    assert len(runs) == 4
+    assert all(torch.allclose(found[name], again[name], atol=1e-4) for name in found)
+    fitted(known, 5)
+    assert len(runs) == 5
 
 
 @pytest.mark.parametrize("windows", [False, True])

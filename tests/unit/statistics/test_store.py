@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import tdc
 from tdc.errors import CalibrationError
 from tdc.ir import Remark
-from tdc.statistics import SiteStatistics, Statistics
+from tdc.statistics import Importance, SiteStatistics, Statistics
 from tdc.testing import random_metric, random_mlp, random_site, random_weight
 
 
@@ -21,7 +21,9 @@ def example() -> Statistics:
     assert moment is not None
     sites = tuple(random_site(random_weight(12, 8, seed=k), order=k, name=f"layer{k}.weight") for k in range(2))
     entries = (SiteStatistics(sites[0], 0, 32, 0.5, seen=32), SiteStatistics(sites[1], 0, 32, 2.0, seen=40))
-    return Statistics(entries, (moment.float(),), (torch.arange(8.0),), 3, (Remark("", "calibrate", "few rows"),))
+    importance = Importance("one batch", (torch.arange(3.0), torch.ones(2)), (1, -1))
+    remarks = (Remark("", "calibrate", "few rows"),)
+    return Statistics(entries, (moment.float(),), (torch.arange(8.0),), 3, remarks, importance=(importance,))
 
 
 def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
@@ -33,6 +35,8 @@ def test_saving_and_loading_is_the_identity(tmp_path: Path) -> None:
     assert torch.equal(again.moments[0], known.moments[0])
     assert torch.equal(again.means[0], known.means[0])
     assert again.digest == known.digest
+    (found,) = again.importance_of([entry.site for entry in known.sites]).values()
+    assert {order: rows.tolist() for order, rows in found.items()} == {0: [1.0, 1.0]}
     again.save(tmp_path / "b.stats")
     assert (tmp_path / "a.stats").read_bytes() == (tmp_path / "b.stats").read_bytes()
 
@@ -76,7 +80,9 @@ def tampered(path: Path, tensors: dict[str, torch.Tensor] | None = None, **chang
     with safe_open(str(path), framework="pt") as file:
         head = json.loads(file.metadata()["tdc"])
     head = {key: value for key, value in {**head, **changes}.items() if value is not None}
-    save_file(load_file(path) if tensors is None else tensors, path, metadata={"tdc": json.dumps(head)})
+    kept = load_file(path)
+    kept = kept if tensors is None else {**tensors, "importance.0": kept["importance.0"]}
+    save_file(kept, path, metadata={"tdc": json.dumps(head)})
     return path
 
 
@@ -99,6 +105,11 @@ def tampered(path: Path, tensors: dict[str, torch.Tensor] | None = None, **chang
         ({"tensors": {"moment.0": torch.eye(8) * 3 - 2, "mean.0": torch.zeros(8)}}, "positive semidefinite"),
         ({"tensors": {"moment.0": torch.eye(8).half(), "mean.0": torch.zeros(8)}}, "must be float32"),
         ({"batches": 0}, "cannot be read"),
+        ({"importance": [["one batch", [3, 1], [1, -1]]]}, "impossible importance"),
+        ({"importance": [["one batch", [3, 2], [2, -1]]]}, "impossible importance"),
+        ({"importance": [["one batch", [3, 2], [1]]]}, "impossible importance"),
+        ({"importance": [["one batch", [3, 2]]]}, "cannot be read"),
+        ({"importance": [["one batch", [5], [0, 0]]] * 2}, "cannot be read"),
         ({"remarks": 5}, "cannot be read"),
     ],
 )
