@@ -11,10 +11,10 @@ of an error does not go into the bias); `anchored no hidden`: of `anchored`.
 Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics and fits (draws 1 and 2:
 8192 to 16383, 24576 to 32767), all but 20000 to 20511 for healing, those for the sensitivities, the 5,000 development
 images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512. SmolLM2: windows of WikiText-2's validation
-part, 0 to 23 (draws 1 and 2: 60 to 83, 84 to 107; with all from 108 on for healing), the first 128 tokens of 24 to 27,
-and 40 to 59; `elsewhere`: perplexity on text of another domain, docstrings of Python's standard library, over the
-dense one. `--statistics`: kept in that file, or read from it; `--models`: what `anchored` gives is kept in that folder,
-`healed` starts from it, and goes on there after an interruption.
+part, 0 to 23 and 108 to 115 (draws 1 and 2: 60 to 83 and 116 to 123, 84 to 107 and 124 to 131; with all from 132 on for
+healing), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`: perplexity on text of another domain, docstrings
+of Python's standard library, over the dense one. `--statistics`: kept in that file, or read from it; `--models`: what
+`anchored` gives is kept in that folder, `healed` starts from it, and goes on there after an interruption.
 
 Rows are added to results/accuracy.csv, in place of earlier ones of the same model, part, budget and draw.
 """
@@ -113,10 +113,11 @@ class SmolLM2:
         self.model, tokenizer = load()
         ids = torch.tensor(tokenizer(shared_data("wikitext2_valid.txt").read_text()).input_ids)
         windows = [ids[k * WINDOW : (k + 1) * WINDOW][None] for k in range(len(ids) // WINDOW)]
-        first = (0, 60, 84)[draw]
-        self.calibration = [{"input_ids": w, "use_cache": False} for w in windows[first : first + 24]]
-        more = torch.cat([*windows[first : first + 24], *windows[108:]]).reshape(-1, WINDOW // 2)
-        self.healing = [{"input_ids": half[None], "use_cache": False} for half in more]
+        first, more = (0, 60, 84)[draw], 108 + 8 * draw
+        own = [*windows[first : first + 24], *windows[more : more + 8]]
+        self.calibration = [{"input_ids": w, "use_cache": False} for w in own]
+        halves = torch.cat([*own, *windows[132:]]).reshape(-1, WINDOW // 2)
+        self.healing = [{"input_ids": half[None], "use_cache": False} for half in halves]
         self.probe = [{"input_ids": torch.cat([w[:, :128] for w in windows[24:28]]), "use_cache": False}]
         self._held_out, self._perplexity = windows[40:60], perplexity
         other = torch.tensor(tokenizer(docstrings()).input_ids)

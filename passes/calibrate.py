@@ -174,8 +174,10 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
         entries, moments, means = _with_importance(entries, sums, moments, means)
     entries, gradients = backwards.kept(entries)
     gathered = Statistics(entries, moments, means, batches, tuple(remarks), gradients)
-    probing = Probing.of(unit, probe or _short(unit, first), backwards.logits)
-    probes = _probed(unit, gathered, probing)
+    probe = probe or _short(unit, first)
+    with unit.program.remembering(probe):
+        probing = Probing.of(unit, probe, backwards.logits)
+        probes, around = _probed(unit, gathered, probing), probed_hidden(unit, gathered, probing)
     weights = [next((value for _, value in own if value > 0), 0.0) for own in probes]
     silent = [entry.site for entry, weight in zip(entries, weights, strict=True) if weight == 0]
     entries = tuple(
@@ -187,7 +189,6 @@ def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
     if silent:
         reason = f"{len(silent)} site(s) do not change the outputs on the probe batches: taken as of median sensitivity"
         remarks.append(Remark(silent[0].name if len(silent) == 1 else "", "calibrate", reason))
-    around = probed_hidden(unit, gathered, probing)
     entries = tuple(replace(entry, hidden=around.get(entry.site.order, ())) for entry in entries)
     return replace(gathered, sites=entries, remarks=tuple(remarks), importance=anchors.kept(unit, entries))
 

@@ -62,6 +62,9 @@ def _anchored(unit: Unit, planned: Mapping[int, Candidate], advance: Callable[[]
         advance,
     )
     anchors = anchors_of(unit, known) if metric_name(unit) != "weight" and planned else []
+    if 0 < len(anchors) < len(unit.anchors):
+        told = f"fitted on what the cut model makes of {len(anchors)} of the {len(unit.anchors)} batches: memory"
+        unit = unit.remarking(Remark("", FitFactors.name, told))
     if anchors:
         reason = unit.program.lockstep(anchors, [choice.site for choice in planned.values()], visit)
         if reason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -138,6 +139,11 @@ class Program(Protocol):
 
     def outputs(self, batch: Any, changes: Mapping[int, Change]) -> dict[str, Tensor]:
         """Floating outputs by name, with the weights of some sites (by ``site.order``) replaced for this run."""
+
+    def remembering(self, batches: Sequence[Any]) -> AbstractContextManager[None]:
+        """Inside, :meth:`outputs` of these batches (the very objects) need not run again what comes before the first
+        change, where the door can have that.
+        """
 
     def cost(self, batch: Any = None) -> Cost:
         """Of the whole model: parameters, bytes, and multiply-adds and peak of the activations of one run on the

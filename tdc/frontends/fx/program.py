@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +132,9 @@ class FxProgram:
     def origins(self, site: Site) -> tuple[Tensor, ...]:
         """The tensors from which the factors and the bias of a site are made."""
         return tuple(self.bounds[0].tensors[node] for node in sources(self._by_order[site.order]))
+
+    def remembering(self, batches: Sequence[Batch]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def cost(self, batch: Batch | None = None) -> Cost:
         place, values = batch or self.example or (0, None)

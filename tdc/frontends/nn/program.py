@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
 from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
+from .prefix import Prefix
 from .residual import Connections, Kept
 from .running import evaluation, holding, hooks, pre_hooks, standing_in, untrained
 from .sharing import Sharing
@@ -64,6 +67,7 @@ class NnProgram:
         self._norms: dict[int, Norm] = {}
         self._gains: dict[int, Tensor] = {}
         self._replacements: dict[int, Replacement] = {}
+        self._prefixes: dict[int, Prefix] = {}
 
     # ---- reading
 
@@ -272,8 +276,27 @@ class NnProgram:
             for module in set(self._by_order[order].modules.values()):
                 parameters += [(module, name, value) for name, value in self._held(order, module, new)]
             norms += self._norms[order].paths if order in self._norms else ()
-        with evaluation(self.model), holding(parameters), standing_in(self.model, norms):
-            return floating_outputs(self._run(batch))
+        known = self._prefixes.get(id(batch))
+        late = nullcontext() if known is None or not changes else known.skipping(known.before(self._modules(changes)))
+        with evaluation(self.model), holding(parameters), late, standing_in(self.model, norms):
+            return self._outputs(batch)
+
+    @contextmanager
+    def remembering(self, batches: Sequence[Call]) -> Iterator[None]:
+        watched = set(self._modules(self._by_order))
+        with evaluation(self.model):
+            for batch in batches:
+                found = Prefix.of(self.model, watched, partial(self._outputs, batch))
+                self._prefixes |= {} if found is None else {id(batch): found}
+        try:
+            yield
+        finally:
+            self._prefixes.clear()
+
+    def _modules(self, orders: Iterable[int]) -> list[nn.Module]:
+        """All that run with the weights of these sites, and the normalisations behind them."""
+        own = [module for order in orders for module in self._by_order[order].modules.values()]
+        return own + [self._norms[order].module for order in orders if order in self._norms]
 
     def _held(self, order: int, module: nn.Module, new: Change) -> list[tuple[str, Tensor]]:
         """The parameters that a module of a site has with another weight."""
@@ -291,6 +314,9 @@ class NnProgram:
             _, bias = fold(canonical_weight(module, plain(like)), bias, norm.module)
         before = like.new_zeros(()) if bias is None else bias
         return before if shift is None else (before.double() + shift.to(like.device)).to(like.dtype)
+
+    def _outputs(self, batch: Call) -> dict[str, Tensor]:
+        return floating_outputs(self._run(batch))
 
     def _run(self, batch: Call) -> Any:
         with torch.no_grad():
