@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,24 @@ _MODULES = """
 """.split()
 
 
-def sentences() -> list[str]:
-    """English sentences of 40 to 200 characters from the documentation strings of Python's own library, in a
-    fixed order.
+def sentences(modules: Iterable[str] = _MODULES) -> list[str]:
+    """English sentences of 40 to 200 characters from the documentation strings of modules, by default of Python's own
+    library, in a fixed order.
     """
     texts: dict[str, None] = {}
-    for name in _MODULES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in modules:
             try:
                 module = importlib.import_module(name)
             except ImportError:
                 continue
-        owners = [module, *(v for _, v in sorted(vars(module).items()) if inspect.isclass(v) and v.__module__ == name)]
-        for owner in owners:
-            for member in (owner, *(v for _, v in sorted(vars(owner).items()) if inspect.isroutine(v))):
-                documentation = member.__doc__
-                if isinstance(documentation, str):
-                    texts[" ".join(documentation.split())] = None
+            own = (v for _, v in sorted(vars(module).items()) if inspect.isclass(v) and v.__module__ == name)
+            for owner in (module, *own):
+                for member in (owner, *(v for _, v in sorted(vars(owner).items()) if inspect.isroutine(v))):
+                    documentation = member.__doc__
+                    if isinstance(documentation, str):
+                        texts[" ".join(documentation.split())] = None
     parts = dict.fromkeys(part for text in texts for part in re.split(r"(?<=[.!?]) ", text))
     return [part for part in parts if 40 <= len(part) <= 200 and re.fullmatch(r"[A-Z][\w ,'\"()-]+\.", part)]
 
