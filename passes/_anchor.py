@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tdc._memory import give_back
 from tdc.frontends.program import Change
 from tdc.ir import Candidate, Metric, Site
 from tdc.statistics import SiteStatistics
@@ -118,6 +119,7 @@ class Anchored:
             if shift is not None and anchor is not None:
                 self.shifts[site.order] = shift
             self.changes[site.order] = Change(rebuilt.to(weight.dtype), shift)
+        give_back()
 
     def _moments(self, site: Site, activations: Sequence[Tensor], beside: Sequence[Tensor | None]) -> Pair:
         """Worked out once for linear sites that read the same activations one after the other."""

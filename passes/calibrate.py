@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tdc._memory import give_back
 from tdc.decompositions import bias_shift, optimum
 from tdc.errors import CalibrationError, OptionError
 from tdc.frontends.program import Change, fingerprint, head, is_usable, size_of
@@ -76,6 +77,7 @@ class Calibrate(Pass):
             anchors = _Anchors()
             if unit.statistics is None:
                 unit = unit.having(statistics=_gather(unit, anchors))
+                give_back()
             else:
                 anchors.read(unit)
             unit = unit.having(anchors=tuple(anchors.batches), importance=tuple(anchors.importance))
@@ -239,6 +241,7 @@ def _observe(unit: Unit, anchors: _Anchors) -> tuple[Collector, Any, int, Backwa
         collector.end_batch()
         anchors.add(batch, backwards.of_batch())
         backwards.gradients.norms.clear()
+        give_back()
         count += 1
     if count == 0:
         raise CalibrationError("the calibration data is empty: it gave no batch")
