@@ -252,8 +252,9 @@ def fingerprint(batch: Any) -> str:
                 take(part)
         elif isinstance(value, (Tensor, np.ndarray)):
             state.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            flat = torch.as_tensor(value).detach().cpu().contiguous().flatten()
-            state.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            if isinstance(value, Tensor):
+                value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            state.update(np.ascontiguousarray(value).tobytes())
         else:
             state.update(repr(value).encode())
 

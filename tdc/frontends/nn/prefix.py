@@ -15,9 +15,6 @@ from .running import hooks, pre_hooks
 
 __all__ = ["Prefix"]
 
-_BYTES = 512 << 20
-"""That the outputs of all parts may take together."""
-
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
     """The entries of all sequences and lists of modules, the innermost ones that follow each other directly."""
@@ -39,10 +36,16 @@ class Prefix:
 
     parts: list[tuple[nn.Module, Any]]
     ended: Mapping[nn.Module, int]
+    size: int
+    """Bytes that the outputs of the parts take."""
 
     @classmethod
-    def of(cls, model: nn.Module, watched: Iterable[nn.Module], run: Callable[[], dict[str, Tensor]]) -> Prefix | None:
-        """None where runs that begin late do not give the same: where the parts give more than their outputs, say."""
+    def of(
+        cls, model: nn.Module, watched: Iterable[nn.Module], run: Callable[[], dict[str, Tensor]], room: int
+    ) -> Prefix | None:
+        """None where the outputs of the parts take more than ``room`` bytes, or where runs that begin late do not give
+        the same: where the parts give more than their outputs, say.
+        """
         wanted = dict.fromkeys(p for p in parts_of(model) if not isinstance(p, torch.jit.ScriptModule))
         wanted = {part: None for part in wanted if not part._forward_hooks}  # a hook would run once more
         ended, runs, size = list[tuple[nn.Module, Any]](), dict[nn.Module, list[int]](), 0
@@ -53,14 +56,14 @@ class Prefix:
         def end(module: nn.Module, args: Any, output: Any) -> None:
             nonlocal size
             size += sum(t.numel() * t.element_size() for t in _tensors(output))
-            if size <= _BYTES:
+            if size <= room:
                 ended.append((module, _copied(output)))
 
         with pre_hooks({*watched, *wanted}, begin), hooks(wanted, end):
             expected = run()
-        if not ended or size > _BYTES or any(len(runs[module]) > 1 for module, _ in ended):
+        if not ended or size > room or any(len(runs[module]) > 1 for module, _ in ended):
             return None
-        made = cls(ended, {module: places[0] for module, places in runs.items() if len(places) == 1})
+        made = cls(ended, {module: places[0] for module, places in runs.items() if len(places) == 1}, size)
         for count in (len(ended), len(ended) // 2, len(ended)):
             with made.skipping(count):
                 found = run()
@@ -79,7 +82,7 @@ class Prefix:
         """
         given = self.parts[:count]
         own = [module.__dict__.get("forward") for module, _ in given]
-        versions = [tensor._version for _, output in given for tensor in _tensors(output)]
+        versions = _versions(given)
         try:
             for place, (module, output) in enumerate(given, 1):
                 module.__dict__["forward"] = _giving(output, copied=place == count)
@@ -90,7 +93,7 @@ class Prefix:
                     module.__dict__.pop("forward", None)
                 else:
                     module.__dict__["forward"] = forward
-            if versions != [tensor._version for _, output in given for tensor in _tensors(output)]:
+            if versions != _versions(given):
                 self.parts.clear()
 
 
@@ -103,6 +106,10 @@ def _giving(output: Any, *, copied: bool) -> Callable[..., Any]:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _versions(parts: Iterable[tuple[nn.Module, Any]]) -> list[int]:
+    return [-1 if t.is_inference() else t._version for _, output in parts for t in _tensors(output)]
 
 
 def _copied(output: Any) -> Any:

@@ -43,6 +43,9 @@ from .weights import (
 
 __all__ = ["NnProgram", "times"]
 
+_REMEMBERED = 512 << 20
+"""Bytes that what parts of the model gave for some batches may take."""
+
 
 class NnProgram:
     """Implements :class:`tdc.frontends.program.Program` for modules.
@@ -283,11 +286,13 @@ class NnProgram:
 
     @contextmanager
     def remembering(self, batches: Sequence[Call]) -> Iterator[None]:
-        watched = set(self._modules(self._by_order))
+        watched, room = set(self._modules(self._by_order)), _REMEMBERED
         with evaluation(self.model):
             for batch in batches:
-                found = Prefix.of(self.model, watched, partial(self._outputs, batch))
-                self._prefixes |= {} if found is None else {id(batch): found}
+                found = Prefix.of(self.model, watched, partial(self._outputs, batch), room)
+                if found is not None:
+                    self._prefixes[id(batch)] = found
+                    room -= found.size
         try:
             yield
         finally:

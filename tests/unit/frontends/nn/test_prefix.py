@@ -121,7 +121,7 @@ def test_what_is_written_to_is_forgotten() -> None:
     first, second, third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
     model = nn.Sequential(first, second, third).eval()
     x = torch.randn(3, 4)
-    prefix = Prefix.of(model, [third], lambda: {"y": model(x)})
+    prefix = Prefix.of(model, [third], lambda: {"y": model(x)}, 1 << 20)
     assert prefix is not None
     assert prefix.before([third]) == 2
     assert prefix.before([first, third]) == 0
@@ -130,6 +130,22 @@ def test_what_is_written_to_is_forgotten() -> None:
     assert not prefix.parts
     with prefix.skipping(2):
         assert torch.equal(model(x), third(second(first(x))))
+
+
+def test_what_takes_too_much_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, _, batch = program_of(random_mlp((24, 40, 32, 16)), torch.randn(7, 24))
+    monkeypatch.setattr("tdc.frontends.nn.program._REMEMBERED", 7 * 4 * 40)
+    with program.remembering([batch]):
+        assert not program._prefixes
+
+
+def test_it_works_in_inference_mode() -> None:
+    program, sites, batch = program_of(random_mlp((24, 40, 32, 16)), torch.randn(7, 24))
+    changes = scaled(program, sites)
+    with torch.inference_mode():
+        whole = [program.outputs(batch, change) for change in changes]
+        with program.remembering([batch]):
+            assert same([program.outputs(batch, change) for change in changes], whole)
 
 
 def test_calibration_finds_the_same_sensitivities(monkeypatch: pytest.MonkeyPatch) -> None:
