@@ -21,7 +21,7 @@ __all__ = ["Anchored", "anchors_of"]
 
 _MEMORY = 3 << 30
 """Bytes that the activations of all runs may take together, about."""
-_LIVE = 4
+_LIVE = 2
 """Tensors of the size of a site's input that a run holds at a time, about."""
 
 Fitted = Callable[[Sequence[Candidate], Sequence[Tensor], Sequence[Metric]], list[tuple[Mapping[str, Tensor], Tensor]]]
