@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tdc._memory import give_back
 from tdc.frontends.program import Change
 from tdc.ir import Candidate, Metric, Site
+from tdc.memory import give_back
 from tdc.statistics import SiteStatistics
 
 from ._pair import Pair

@@ -9,12 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
+from tdc.frontends.program import fingerprint, is_usable, size_of
 from tdc.ir import Site
-from tdc.statistics import Gradients, Moments, Probe, SiteStatistics, logits_among
+from tdc.progress import track
+from tdc.statistics import Gradients, Importance, Moments, Probe, SiteStatistics, logits_among
 
 from .base import Unit
+from .propose_layouts import metric_name
 
-__all__ = ["Backwards", "stored_moment"]
+__all__ = ["Anchors", "Backwards", "stored_moment"]
+
+_ANCHOR_BYTES = 256 << 20
 
 
 def stored_moment(sums: Moments, site: Site) -> tuple[Tensor, Tensor]:
@@ -87,3 +92,47 @@ def _readers(unit: Unit, batch: Any) -> dict[int, tuple[int, ...]]:
 
     unit.program.observe(batch, unit.sites, tap)
     return {order: tuple(dict.fromkeys(orders)) for _, orders in met for order in orders}
+
+
+@dataclass
+class Anchors:
+    """The first batches of the calibration data, up to some size, each with the importance of its rows."""
+
+    batches: list[Any] = field(default_factory=list)
+    importance: list[Mapping[int, Tensor]] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, batch: Any, importance: Mapping[int, Tensor]) -> bool:
+        """Whether there is room for more."""
+        self.size += size_of(batch)
+        if self.size <= _ANCHOR_BYTES and is_usable(batch):
+            self.batches.append(batch)
+            self.importance.append(importance)
+        return self.size <= _ANCHOR_BYTES
+
+    def read(self, unit: Unit) -> None:
+        """The calibration data, for statistics that were gathered before. Batches that they were gathered from are
+        known to them.
+        """
+        gathered = unit.statistics
+        assert gathered is not None
+        wanted = metric_name(unit) == "fisher" and any(e.important is not None for e in gathered.sites)
+        known = gathered.importance_of(unit.sites) if wanted else {}
+        backwards = Backwards(unit, Gradients(summed=False))
+        batches = unit.program.batches(unit.calibration)
+        for batch in track(batches, "weighing rows", show=unit.options.progress and wanted):
+            found = known.get(_name(unit, batch)) if known else None
+            if found is None and wanted and is_usable(batch):
+                backwards.add(batch)
+                found = backwards.of_batch()
+            if not self.add(batch, found or {}):
+                break
+
+    def kept(self, unit: Unit, entries: Sequence[SiteStatistics]) -> tuple[Importance, ...]:
+        """The importance as statistics keep it."""
+        pairs = zip(self.batches, self.importance, strict=True)
+        return tuple(Importance.of(_name(unit, batch), own, entries) for batch, own in pairs if own)
+
+
+def _name(unit: Unit, batch: Any) -> str:
+    return f"{unit.program.door} {fingerprint(batch)}"

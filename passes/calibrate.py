@@ -5,34 +5,33 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tdc._memory import give_back
 from tdc.decompositions import bias_shift, optimum
 from tdc.errors import CalibrationError, OptionError
-from tdc.frontends.program import Change, fingerprint, head, is_usable, size_of
+from tdc.frontends.program import Change, head, is_usable
 from tdc.ir import Hidden, Metric, Remark, Site
+from tdc.memory import give_back
 from tdc.progress import track
 from tdc.statistics import (
     WIDEST,
     Collector,
     Gradients,
-    Importance,
     Moments,
     SiteStatistics,
     Statistics,
     divergence,
 )
 
-from ._backwards import Backwards, stored_moment
+from ._backwards import Anchors, Backwards, stored_moment
 from ._hidden import eliminated, narrowed, sites_of, widened
 from ._split_half import split_half
 from .base import Pass, Unit
-from .propose_layouts import SMALL_ERROR, metric_name
+from .propose_layouts import SMALL_ERROR
 
 __all__ = ["Calibrate"]
 
@@ -49,7 +48,6 @@ _FULLY = 24
 _FEW_ROWS = 20
 _OPTIMISM = 1.1
 """How much larger an error may be on the half of the data that a fit has not seen."""
-_ANCHOR_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Calibrate(Pass):
 
     def run(self, unit: Unit) -> Unit:
         if unit.calibration is not None and unit.sites:
-            anchors = _Anchors()
+            anchors = Anchors()
             if unit.statistics is None:
                 unit = unit.having(statistics=_gather(unit, anchors))
                 give_back()
@@ -107,51 +105,7 @@ def _covered(unit: Unit) -> Unit:
     return unit.having(sites=tuple(site for site in unit.sites if site.order in known)).remarking(*remarks)
 
 
-@dataclass
-class _Anchors:
-    """The first batches of the calibration data, up to some size, each with the importance of its rows."""
-
-    batches: list[Any] = field(default_factory=list)
-    importance: list[Mapping[int, Tensor]] = field(default_factory=list)
-    size: int = 0
-
-    def add(self, batch: Any, importance: Mapping[int, Tensor]) -> bool:
-        """Whether there is room for more."""
-        self.size += size_of(batch)
-        if self.size <= _ANCHOR_BYTES and is_usable(batch):
-            self.batches.append(batch)
-            self.importance.append(importance)
-        return self.size <= _ANCHOR_BYTES
-
-    def read(self, unit: Unit) -> None:
-        """The calibration data, for statistics that were gathered before. Batches that they were gathered from are
-        known to them.
-        """
-        gathered = unit.statistics
-        assert gathered is not None
-        wanted = metric_name(unit) == "fisher" and any(e.important is not None for e in gathered.sites)
-        known = gathered.importance_of(unit.sites) if wanted else {}
-        backwards = Backwards(unit, Gradients(summed=False))
-        batches = unit.program.batches(unit.calibration)
-        for batch in track(batches, "weighing rows", show=unit.options.progress and wanted):
-            found = known.get(_name(unit, batch)) if known else None
-            if found is None and wanted and is_usable(batch):
-                backwards.add(batch)
-                found = backwards.of_batch()
-            if not self.add(batch, found or {}):
-                break
-
-    def kept(self, unit: Unit, entries: Sequence[SiteStatistics]) -> tuple[Importance, ...]:
-        """The importance as statistics keep it."""
-        pairs = zip(self.batches, self.importance, strict=True)
-        return tuple(Importance.of(_name(unit, batch), own, entries) for batch, own in pairs if own)
-
-
-def _name(unit: Unit, batch: Any) -> str:
-    return f"{unit.program.door} {fingerprint(batch)}"
-
-
-def _gather(unit: Unit, anchors: _Anchors) -> Statistics:
+def _gather(unit: Unit, anchors: Anchors) -> Statistics:
     collector, first, batches, backwards = _observe(unit, anchors)
     seen = [site for site in unit.sites if site.order in collector.group]
     remarks = [
@@ -221,7 +175,7 @@ def _entry(site: Site, place: int, sums: Moments, collector: Collector) -> SiteS
     return SiteStatistics(site, place, sums.rows, 1.0, side, sums.seen, lengths)
 
 
-def _observe(unit: Unit, anchors: _Anchors) -> tuple[Collector, Any, int, Backwards]:
+def _observe(unit: Unit, anchors: Anchors) -> tuple[Collector, Any, int, Backwards]:
     """Sums over all batches, the first batch with entries that are all finite, how many batches there were, and the
     output gradients.
     """

@@ -17,7 +17,7 @@ from tdc import decompositions
 ROOT = Path(__file__).parents[1]
 LINKS = ("kernels", "passes")
 
-LEAVES = {"errors", "files", "options", "progress"}
+LEAVES = {"errors", "files", "memory", "options", "progress"}
 SHARED = {"frontends.clock", "frontends.count", "frontends.graph", "frontends.lockstep", "frontends.program"}
 """What several frontends use."""
 FRONTENDS = {"frontends", "frontends.fx", "frontends.nn", "frontends.onnx"} | SHARED

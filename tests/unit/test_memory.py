@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tdc._memory import _trim, give_back
+from tdc.memory import _trim, give_back
 
 RETAINING = """
 import resource, torch
-from tdc._memory import give_back
+from tdc.memory import give_back
 def used(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 del (first := [torch.ones(1 << 20)])[:]
 blocks = [torch.ones(1 << 20) for _ in range(64)]
@@ -31,5 +31,5 @@ def test_freed_memory_goes_back() -> None:
 
 def test_it_can_be_called_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     give_back()
-    monkeypatch.setattr("tdc._memory._trim", lambda: None)
+    monkeypatch.setattr("tdc.memory._trim", lambda: None)
     give_back()

@@ -2,6 +2,7 @@
 
 from .batches import as_call
 from .factored import Factored, FactoredConv, FactoredLinear
-from .program import NnProgram, times
+from .program import NnProgram
+from .timing import times
 
 __all__ = ["Factored", "FactoredConv", "FactoredLinear", "NnProgram", "as_call", "times"]

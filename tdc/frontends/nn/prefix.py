@@ -13,7 +13,10 @@ from torch.utils import _pytree
 
 from .running import hooks, pre_hooks
 
-__all__ = ["Prefix"]
+__all__ = ["Prefix", "prefixes"]
+
+_BYTES = 512 << 20
+"""That what the parts of a model gave, in all runs, may take."""
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
@@ -114,3 +117,16 @@ def _versions(parts: Iterable[tuple[nn.Module, Any]]) -> list[int]:
 
 def _copied(output: Any) -> Any:
     return _pytree.tree_map_only(Tensor, torch.clone, output)
+
+
+def prefixes(
+    model: nn.Module, watched: Iterable[nn.Module], runs: Mapping[int, Callable[[], dict[str, Tensor]]]
+) -> dict[int, Prefix]:
+    """Of several runs, by their keys, where they can be had."""
+    found, room, modules = dict[int, Prefix](), _BYTES, set(watched)
+    for key, run in runs.items():
+        made = Prefix.of(model, modules, run, room)
+        if made is not None:
+            found[key] = made
+            room -= made.size
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from ...errors import CalibrationError, ModelError
 from ...ir import Block, Cost, Decline, Remark, Site, window_attributes
-from ..clock import seconds_of
 from ..count import Counter
 from ..graph import floating_outputs, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
@@ -25,9 +23,9 @@ from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
 from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
-from .prefix import Prefix
+from .prefix import Prefix, prefixes
 from .residual import Connections, Kept
-from .running import evaluation, holding, hooks, pre_hooks, standing_in, untrained
+from .running import copy_without, evaluation, holding, hooks, pre_hooks, standing_in, untrained
 from .sharing import Sharing
 from .timing import Stopwatch
 from .weights import (
@@ -41,10 +39,7 @@ from .weights import (
     stored_weights,
 )
 
-__all__ = ["NnProgram", "times"]
-
-_REMEMBERED = 512 << 20
-"""Bytes that what parts of the model gave for some batches may take."""
+__all__ = ["NnProgram"]
 
 
 class NnProgram:
@@ -286,17 +281,13 @@ class NnProgram:
 
     @contextmanager
     def remembering(self, batches: Sequence[Call]) -> Iterator[None]:
-        watched, room = set(self._modules(self._by_order)), _REMEMBERED
+        watched, runs = self._modules(self._by_order), {id(batch): partial(self._outputs, batch) for batch in batches}
         with evaluation(self.model):
-            for batch in batches:
-                found = Prefix.of(self.model, watched, partial(self._outputs, batch), room)
-                if found is not None:
-                    self._prefixes[id(batch)] = found
-                    room -= found.size
+            self._prefixes = prefixes(self.model, watched, runs)
         try:
             yield
         finally:
-            self._prefixes.clear()
+            self._prefixes = {}
 
     def _modules(self, orders: Iterable[int]) -> list[nn.Module]:
         """All that run with the weights of these sites, and the normalisations behind them."""
@@ -360,7 +351,7 @@ class NnProgram:
 
     def finish(self) -> nn.Module:
         replaced = [self._by_order[order] for order in self._replacements]
-        model = self.model if self.inplace else _copy_without(self.model, [w.tensor for w in replaced])
+        model = self.model if self.inplace else copy_without(self.model, [w.tensor for w in replaced])
         swaps: list[tuple[str, nn.Module]] = []
         groups: dict[int, Sharing] = {}
         for order, new in sorted(self._replacements.items()):
@@ -392,14 +383,6 @@ class NnProgram:
         return swaps
 
 
-def times(model: nn.Module, small: nn.Module, call: Call) -> tuple[float, float]:
-    """Seconds of a call of two models of one class, measured in turn."""
-    args, kwargs = call
-    with evaluation(model), evaluation(small):
-        old, new = seconds_of([[lambda: model(*args, **kwargs)], [lambda: small(*args, **kwargs)]])
-    return old, new
-
-
 def _stored(factor: Tensor, like: Tensor) -> Tensor:
     """A factor on the device of the weight that it replaces, trainable if that was, in its memory format."""
     moved = factor.to(like.device)
@@ -409,14 +392,3 @@ def _stored(factor: Tensor, like: Tensor) -> Tensor:
     if wanted is not None and moved.ndim == like.ndim:
         moved = moved.contiguous(memory_format=wanted)
     return nn.Parameter(moved, requires_grad=like.requires_grad)
-
-
-def _copy_without(model: nn.Module, tensors: Iterable[Tensor]) -> nn.Module:
-    """A deep copy that shares the given parameters, since they are about to be replaced."""
-    try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0][:160]
-        raise ModelError(
-            f"the model cannot be copied ({type(error).__name__}: {first}); inplace=True changes the model itself"
-        ) from error

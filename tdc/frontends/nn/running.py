@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluation", "holding", "hooks", "pre_hooks", "standing_in", "untrained"]
+from ...errors import ModelError
+
+__all__ = ["copy_without", "evaluation", "holding", "hooks", "pre_hooks", "standing_in", "untrained"]
 
 
 @contextmanager
@@ -102,3 +105,14 @@ def untrained(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def copy_without(model: nn.Module, tensors: Iterable[Tensor]) -> nn.Module:
+    """A deep copy that shares the given parameters, since they are about to be replaced."""
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0][:160]
+        raise ModelError(
+            f"the model cannot be copied ({type(error).__name__}: {first}); inplace=True changes the model itself"
+        ) from error

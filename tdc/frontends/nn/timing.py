@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ...ir import Block, Site
 from ..clock import Run, copies_of, in_turn, once, seconds_of, stand_ins, stored_numbers
 from ..program import Kernel
+from .batches import Call
 from .factored import factored
+from .running import evaluation
 
-__all__ = ["Stopwatch"]
+__all__ = ["Stopwatch", "times"]
 
 _RUNS = 9
 _GAIN = 1.05
@@ -145,3 +147,11 @@ def _with_block(bare: nn.Module, block: Block, like: Tensor, seed: int, kernel: 
     made = factored(bare, block, factors, "", bias).eval()
     made.use(kernel)
     return made
+
+
+def times(model: nn.Module, small: nn.Module, call: Call) -> tuple[float, float]:
+    """Seconds of a call of two models of one class, measured in turn."""
+    args, kwargs = call
+    with evaluation(model), evaluation(small):
+        old, new = seconds_of([[lambda: model(*args, **kwargs)], [lambda: small(*args, **kwargs)]])
+    return old, new

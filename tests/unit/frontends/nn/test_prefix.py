@@ -134,7 +134,7 @@ def test_what_is_written_to_is_forgotten() -> None:
 
 def test_what_takes_too_much_memory_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     program, _, batch = program_of(random_mlp((24, 40, 32, 16)), torch.randn(7, 24))
-    monkeypatch.setattr("tdc.frontends.nn.program._REMEMBERED", 7 * 4 * 40)
+    monkeypatch.setattr("tdc.frontends.nn.prefix._BYTES", 7 * 4 * 40)
     with program.remembering([batch]):
         assert not program._prefixes
 
