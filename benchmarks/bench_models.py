@@ -49,11 +49,9 @@ def bytes_of(report: tdc.Report) -> dict[str, str]:
 
 
 def vgg11(budget: str = "macs=0.25,latency=0.34") -> dict[str, object]:
-    from vgg import cifar
-
     case = Vgg11()
     statistics = tdc.calibrate(case.model, case.calibration, probe=case.probe)
-    x = cifar("dev", 16)[0]
+    x = case.probe[0][:16]
     small = tdc.compress(case.model, (x,), budget=budget, statistics=statistics)
     runs = {"dense": {"eager": case.model}, "small": {"eager": small}}
     for own in runs.values():

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tdc.ir import Site
 from tdc.statistics import Collector, Moments
+from tdc.statistics.moments import gram
 from tdc.testing import random_site, random_weight
 
 
@@ -33,6 +34,16 @@ def test_sums_are_those_of_numpy_over_all_leading_axes() -> None:
     for activation in activations:
         moments.add(activation.reshape(-1, 1, 6))
     agree(moments, *activations)
+
+
+@pytest.mark.parametrize("width", [511, 512, 700, 1024])
+def test_products_by_blocks_are_whole_and_symmetric(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randn(2, 40, width, generator=generator, dtype=torch.float64)
+    scaled = rows * torch.rand(40, 1, generator=generator, dtype=torch.float64)
+    found = gram(rows, scaled)
+    torch.testing.assert_close(found, rows.mT @ scaled, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, found.mT, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
