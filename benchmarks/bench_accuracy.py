@@ -12,8 +12,9 @@ Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for
 8192 to 16383, 24576 to 32767), all but 20000 to 20511 for healing, those for the sensitivities, the 5,000 development
 images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512; to the first part come those of the
 docstrings of the other modules of Python's library (2,683 in Python 3.11), for healing also those of torch and numpy
-(3,549). SmolLM2: windows of WikiText-2's validation part, 0 to 23 and 108 to 115 (draws 1 and 2: 60 to 83 and 116 to
-123, 84 to 107 and 124 to 131; with all from 132 on for healing), the first 128 tokens of 24 to 27, and 40 to 59;
+(3,549). SmolLM2: windows of WikiText-2's validation part, 0 to 23 and 108 to 131, the statistics from the first 32 of
+them (draws 1 and 2: 60 to 83 and 132 to 155, 84 to 107 and 156 to 179; with all from 180 on for healing), the first 128
+tokens of 24 to 27, and 40 to 59;
 `elsewhere`: perplexity on text of another domain, docstrings of Python's standard library, over the dense one.
 `--statistics`: kept in that file, or read from it; `--models`: what `anchored` gives is kept in that folder, `healed`
 starts from it, and goes on there after an interruption.
@@ -69,6 +70,7 @@ BUDGETS = {
 
 class Vgg11:
     heal = tdc.Heal(epochs=8)
+    counted = None
 
     def __init__(self, draw: int = 0) -> None:
         self.model: nn.Module = load_vgg11()
@@ -89,6 +91,7 @@ class Vgg11:
 
 class MiniLM:
     heal = tdc.Heal(epochs=6, examples=16)
+    counted = None
 
     def __init__(self, draw: int = 0) -> None:
         from tdc.demo import Encoder, load_minilm, sentences
@@ -111,6 +114,7 @@ class MiniLM:
 
 class SmolLM2:
     heal = tdc.Heal(epochs=2, examples=1)
+    counted = 32  # of the calibration's batches, for statistics: the rest only for fits
 
     def __init__(self, draw: int = 0) -> None:
         from bench_smollm2 import WINDOW, load, perplexity
@@ -118,10 +122,10 @@ class SmolLM2:
         self.model, tokenizer = load()
         ids = torch.tensor(tokenizer(shared_data("wikitext2_valid.txt").read_text()).input_ids)
         windows = [ids[k * WINDOW : (k + 1) * WINDOW][None] for k in range(len(ids) // WINDOW)]
-        first, more = (0, 60, 84)[draw], 108 + 8 * draw
-        own = [*windows[first : first + 24], *windows[more : more + 8]]
+        first, more = (0, 60, 84)[draw], 108 + 24 * draw
+        own = [*windows[first : first + 24], *windows[more : more + 24]]
         self.calibration = [{"input_ids": w, "use_cache": False} for w in own]
-        halves = torch.cat([*own, *windows[132:]]).reshape(-1, WINDOW // 2)
+        halves = torch.cat([*own, *windows[180:]]).reshape(-1, WINDOW // 2)
         self.healing = [{"input_ids": half[None], "use_cache": False} for half in halves]
         self.probe = [{"input_ids": torch.cat([w[:, :128] for w in windows[24:28]]), "use_cache": False}]
         self._held_out, self._perplexity = windows[40:60], perplexity
@@ -243,7 +247,7 @@ def statistics_of(case: Any, name: str, metric: str, file: Path | None) -> tuple
         return tdc.Statistics.load(file), 0.0
     exclude = "pooler.dense" if name == "minilm" else ()
     start = time.perf_counter()
-    made = tdc.calibrate(case.model, case.calibration, probe=case.probe, metric=metric, exclude=exclude)
+    made = tdc.calibrate(case.model, case.calibration[: case.counted], probe=case.probe, metric=metric, exclude=exclude)
     if file is not None:
         made.save(file)
     return made, time.perf_counter() - start
