@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "digits",
     "figure",
     "known_statistics",
+    "minilm",
     "proposed",
     "spearman",
     "vgg11",
@@ -48,9 +50,10 @@ class Case:
 
     name: str
     model: nn.Module
-    calibration: list[Tensor]
-    probe: list[Tensor]
-    held_out: Tensor
+    calibration: list[Any]
+    probe: list[Any]
+    held_out: Any
+    """A tensor of examples, or batches of the same size."""
     labels: Tensor
     exclude: tuple[str, ...] = ()
 
@@ -118,6 +121,19 @@ def vgg11(calibration: int = 1024, held_out: int = 256) -> Case:
     )
 
 
+def minilm() -> Case:
+    """Sentences of ``tdc demo`` in a random order: 1,024 for the statistics, 64 for the sensitivities, 256 to measure
+    on.
+    """
+    from tdc.demo import Encoder, load_minilm, sentences
+
+    model, tokenizer = load_minilm()
+    encoder, texts = Encoder(tokenizer), sentences()
+    shuffled = [texts[k] for k in torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()]
+    parts = (encoder.batches(shuffled[a:b]) for a, b in ((0, 1024), (1024, 1088), (1088, 1344)))
+    return Case("minilm", model, *parts, torch.empty(0), ("pooler.dense",))
+
+
 def known_statistics(case: Case, cache: Path | None) -> tdc.Statistics:
     """Those of the case, from the folder ``cache`` where they are there."""
     count = sum(map(len, case.calibration))
@@ -175,9 +191,10 @@ class Fits:
 class Judge:
     """What changes of weights lose on some data: the divergence of the outputs from those of the dense model."""
 
-    def __init__(self, unit: Unit, data: Tensor, size: int = 256) -> None:
-        parts = list(data.split(size))
-        self.unit, self.shares = unit, [len(part) / len(data) for part in parts]
+    def __init__(self, unit: Unit, data: Any, size: int = 256) -> None:
+        parts = list(data.split(size)) if isinstance(data, Tensor) else data
+        lengths = [len(part) if isinstance(data, Tensor) else 1 for part in parts]
+        self.unit, self.shares = unit, [length / sum(lengths) for length in lengths]
         self.batches = list(unit.program.batches(parts))
         self.references = [unit.program.outputs(batch, {}) for batch in self.batches]
         self.logits = logits_among(self.references[0])

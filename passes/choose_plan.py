@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tdc.errors import BudgetError, ModelError, VerificationError
-from tdc.ir import Candidate, Cost, Plan, Remark, Rival
+from tdc.ir import Candidate, Cost, Plan, Remark
 from tdc.options import takes_budget
 from tdc.planning.allocate import (
     Option,
@@ -19,6 +19,7 @@ from tdc.planning.allocate import (
 )
 from tdc.planning.budget import Budget
 
+from ._rivals import cost_of, group_offers, loss_of, priced, rivals_of
 from ._seconds import members_seconds
 from .base import Members, Pass, Unit
 from .propose_layouts import metric_name
@@ -54,7 +55,11 @@ class ChoosePlan(Pass):
             raise ModelError(f"the model has no site that can be decomposed. {reasons}")
         rows = [unit.candidates[site.order] for site in unit.sites]
         chosen, price, bound = _chosen(unit, rows)
-        picked = [replace(c, rivals=_rivals((*row, c), c, price)) for row, c in zip(rows, chosen, strict=True)]
+        offers = group_offers(unit, chosen, price)
+        picked = [
+            replace(c, rivals=rivals_of((*row, c), c, price, offers.get(c.site.order, ())))
+            for row, c in zip(rows, chosen, strict=True)
+        ]
         if unit.options.budget is None:
             unit = unit.remarking(Remark("", self.name, _SUGGESTED.format(unit.options.allocation)))
         remarks = [_kept_dense(c) for c, row in zip(picked, rows, strict=True) if c.is_dense and len(row) > 1]
@@ -164,7 +169,7 @@ def _allocated(unit: Unit, budget: Budget, joined: Collection[int]) -> _Choice:
     for group in joined:
         dense = tuple(unit.candidates[c.site.order][-1] for c in unit.joint[group][0])
         seats.append((*unit.joint[group], dense))
-    options = [[Option(_cost(members), _loss(members)) for members in seat] for seat in seats]
+    options = [[Option(cost_of(members), loss_of(members)) for members in seat] for seat in seats]
     found = allocate(options, budget)
     taken = prefer_compressed(options, found.chosen)
     if unit.target.table is not None and not budget.timed:
@@ -173,19 +178,6 @@ def _allocated(unit: Unit, budget: Budget, joined: Collection[int]) -> _Choice:
     chosen = {c.site.order: c for seat, k in zip(seats, taken, strict=True) for c in seat[k]}
     loss = sum(seat[k].loss for seat, k in zip(options, found.chosen, strict=True))
     return _Choice([chosen[site.order] for site in unit.sites], loss, found.bound, found.price)
-
-
-def _cost(members: Members) -> Cost:
-    return sum((c.cost for c in members), Cost(0, 0, 0))
-
-
-def _loss(members: Members) -> float:
-    return sum(c.sensitivity * c.error for c in members)
-
-
-def _priced(members: Members, price: Mapping[str, float]) -> float:
-    cost = _cost(members)
-    return _loss(members) + sum(value * getattr(cost, key) for key, value in price.items())
 
 
 def _gains(unit: Unit, price: Mapping[str, float]) -> dict[int, float]:
@@ -236,51 +228,20 @@ def _apart_most(groups: Sequence[tuple[float, frozenset[int]]]) -> float:
 
 
 def _together(unit: Unit, group: int, price: Mapping[str, float]) -> float:
-    return min(_priced(members, price) for members in unit.joint[group])
+    return min(priced(members, price) for members in unit.joint[group])
 
 
 def _apart(unit: Unit, group: int, price: Mapping[str, float]) -> float:
     rows = [unit.candidates[c.site.order] for c in unit.joint[group][0]]
-    return sum(min(_priced((c,), price) for c in row) for row in rows)
+    return sum(min(priced((c,), price) for c in row) for row in rows)
 
 
 def _bound(unit: Unit, budget: Budget, price: Mapping[str, float]) -> float:
     """What no choice within the budget loses less than: at any price, each site or group takes its best one."""
     rows = [unit.candidates[site.order] for site in unit.sites]
-    least = sum(min(_priced((c,), price) for c in row) for row in rows) - _most_gained(unit, price)
+    least = sum(min(priced((c,), price) for c in row) for row in rows) - _most_gained(unit, price)
     allowed = budget.allowance(sum((row[-1].cost for row in rows), Cost(0, 0, 0)))
     return max(0.0, least - sum(value * allowed[key] for key, value in price.items()))
-
-
-def _rivals(row: Sequence[Candidate], chosen: Candidate, price: Mapping[str, float]) -> tuple[Rival, ...]:
-    """Of each format the candidate of least loss at these prices, of the chosen one's that one."""
-
-    def priced(candidate: Candidate) -> float:
-        cost = sum(value * getattr(candidate.cost, key) for key, value in price.items())
-        return candidate.sensitivity * candidate.error + cost
-
-    best: dict[tuple[str, str, str], Candidate] = {}
-    for candidate in row:
-        key = (candidate.decomposition, candidate.variant, candidate.execution)
-        if (
-            candidate is chosen
-            or key not in best
-            or (best[key] is not chosen and priced(candidate) < priced(best[key]))
-        ):
-            best[key] = candidate
-    rivals = [
-        Rival(
-            decomposition=c.decomposition,
-            variant=c.variant,
-            ranks=c.ranks,
-            error=c.error,
-            loss=float(f"{c.sensitivity * c.error:.6g}"),
-            params=c.cost.params,
-            priced=float(f"{priced(c):.6g}"),
-        )
-        for c in best.values()
-    ]
-    return tuple(sorted(rivals, key=lambda rival: rival.priced))
 
 
 def _kept_dense(candidate: Candidate) -> Remark:

@@ -57,7 +57,9 @@ class Cost:
 @dataclass(frozen=True)
 class Rival:
     """A layout that was considered for a site beside the one that was chosen. ``loss``: predicted change of the model's
-    output; ``priced``: that and what its cost is worth in loss elsewhere.
+    output; ``priced``: that and what its cost is worth in loss elsewhere. With a ``group`` it is one that several sites
+    would take together: ``priced`` is what the whole group would take then, less the best of the others by themselves,
+    and ``ranks`` has the axis that is smaller too.
     """
 
     decomposition: str
@@ -67,6 +69,7 @@ class Rival:
     loss: float
     params: int
     priced: float
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,11 @@ class Candidate:
     def kept(self) -> dict[str, int]:
         """The axis that is smaller than in the dense weight, and its size; {} where all are as they were."""
         return {} if self.hidden is None else {self.hidden.axis: self.hidden.width}
+
+    @property
+    def group(self) -> int:
+        """That of the sites with which it is decided, 0 where it is decided by itself."""
+        return next((own.group for own in (self.joint, self.hidden) if own is not None), 0)
 
     @property
     def is_dense(self) -> bool:
@@ -297,7 +305,8 @@ def _candidate_out(candidate: Candidate) -> dict[str, Any]:
 
 
 def _rival_out(rival: Rival) -> dict[str, Any]:
-    return {**{key: getattr(rival, key) for key in _RIVAL}, "ranks": dict(rival.ranks)}
+    own = {**{key: getattr(rival, key) for key in _RIVAL}, "ranks": dict(rival.ranks)}
+    return {**own, **({"group": rival.group} if rival.group else {})}
 
 
 def _rival_in(row: Mapping[str, Any]) -> Rival:
@@ -309,6 +318,7 @@ def _rival_in(row: Mapping[str, Any]) -> Rival:
         loss=_finite(row["loss"]),
         params=_whole(row["params"]),
         priced=_finite(row["priced"]),
+        group=_whole(row.get("group", 0)),
     )
 
 

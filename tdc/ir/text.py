@@ -82,13 +82,19 @@ def plan_explanation(plan: Plan, choices: Sequence[Candidate]) -> str:
     if prices:
         lines += [f"price, what the budget saves of loss elsewhere: {prices}"]
         lines += ["the least loss + price wins, but for what the budget leaves over"]
+        if any(r.group for choice in choices for r in choice.rivals):
+            lines += ["of a group: its whole loss + price less the best of the other sites by themselves"]
     for choice in choices:
         lines += ["", f"{choice.site.name}, {choice.site.label}, {choice.sensitivity:.3g} of loss per unit of error"]
-        own = [r for r in choice.rivals if (r.decomposition, r.ranks) == (choice.decomposition, choice.ranks)]
+        ranks = (*choice.kept.items(), *choice.ranks)
+        wanted = choice.group, choice.decomposition, ranks
+        own = [r for r in choice.rivals if (r.group, r.decomposition, r.ranks) == wanted]
         won = next((r for r in own if r.variant == choice.variant), own[0] if own else None)  # folding may turn it
         rows = [
             (
-                ("* " if r is won else "  ") + (f"{r.decomposition}/{r.variant}" if r.variant else r.decomposition),
+                ("* " if r is won else "  ")
+                + (f"{r.decomposition}/{r.variant}" if r.variant else r.decomposition)
+                + (f" (group {r.group})" if r.group else ""),
                 " ".join(f"{axis}={rank}" for axis, rank in r.ranks) or "-",
                 f"{r.params / max(1, choice.dense_cost.params):.3f}",
                 f"{r.error:.2e}",
