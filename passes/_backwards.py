@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tdc.frontends.program import fingerprint, is_usable, size_of
+from tdc.frontends.program import Tap, fingerprint, is_usable, size_of
 from tdc.ir import Site
 from tdc.progress import track
 from tdc.statistics import Gradients, Importance, Moments, Probe, SiteStatistics, logits_among
@@ -45,16 +45,28 @@ class Backwards:
     def wanted(self) -> bool:
         return self.unit.options.metric in ("auto", "fisher") and not self.failed
 
-    def add(self, batch: Any) -> None:
+    def add(self, batch: Any, read: Tap | None = None) -> bool:
+        """Whether ``read`` was called with what the sites read, as ``observe`` would."""
         if self.count == 0:
             self.logits = logits_among(self.unit.program.outputs(batch, {}))
             if self.wanted:
                 self.readers = _readers(self.unit, batch)
         self.count += 1
         self.gradients.norms.clear()
-        if self.wanted:
-            loss = Probe(self.logits, self.unit.options.seed + self.count)
-            self.failed = self.unit.program.gradients(batch, self.unit.sites, loss, self.gradients.tap)
+        if not self.wanted:
+            return False
+        met: list[int] = []
+
+        def note(site: Site, activation: Tensor) -> None:
+            met.append(site.order)
+            assert read is not None
+            read(site, activation)
+
+        loss = Probe(self.logits, self.unit.options.seed + self.count)
+        self.failed = self.unit.program.gradients(
+            batch, self.unit.sites, loss, self.gradients.tap, None if read is None else note
+        )
+        return bool(met)
 
     def of_batch(self) -> dict[int, Tensor]:
         """``site.order`` -> importance of the rows that it reads in the last batch, float32, where it is known."""

@@ -189,9 +189,8 @@ def _observe(unit: Unit, anchors: Anchors) -> tuple[Collector, Any, int, Backwar
     for batch in track(batches, "calibrating", total=length, show=unit.options.progress):
         usable = is_usable(batch)
         first = batch if first is None and usable else first
-        if usable:
-            backwards.add(batch)
-        unit.program.observe(batch, unit.sites, collector.tap)
+        if not (usable and backwards.add(batch, collector.tap)):
+            unit.program.observe(batch, unit.sites, collector.tap)
         collector.end_batch()
         anchors.add(batch, backwards.of_batch())
         backwards.gradients.norms.clear()

@@ -118,10 +118,18 @@ class Program(Protocol):
         """
 
     def gradients(
-        self, batch: Any, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
+        self,
+        batch: Any,
+        sites: Iterable[Site],
+        loss: Callable[[Mapping[str, Tensor]], Tensor],
+        tap: Tap,
+        read: Tap | None = None,
     ) -> str:
         """Run the dense model on one batch forwards and backwards, and hand the gradient of ``loss(outputs)`` in every
         use's output to ``tap``, that behind the normalisation where one is folded into the site.
+
+        Afterwards ``read`` is called for every use, as :meth:`observe` would, where the program has kept what the sites
+        read; for none where it has not.
 
         Returns why it cannot be done; '' where it was.
         """

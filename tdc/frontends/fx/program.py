@@ -189,7 +189,12 @@ class FxProgram:
         self.bounds[place].run(values, taps=taps)
 
     def gradients(
-        self, batch: Batch, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
+        self,
+        batch: Batch,
+        sites: Iterable[Site],
+        loss: Callable[[Mapping[str, Tensor]], Tensor],
+        tap: Tap,
+        read: Tap | None = None,
     ) -> str:
         place, values = batch
         marks: dict[fx.Node, Override] = {}

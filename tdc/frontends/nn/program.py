@@ -24,6 +24,7 @@ from .factored import Factored, factored, place
 from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
 from .prefix import Prefix, prefixes
+from .reads import Reads, marking
 from .residual import Connections, Kept
 from .running import copy_without, evaluation, holding, hooks, pre_hooks, standing_in, untrained
 from .sharing import Sharing
@@ -183,28 +184,30 @@ class NnProgram:
             self._run(batch)
 
     def gradients(
-        self, batch: Call, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
+        self,
+        batch: Call,
+        sites: Iterable[Site],
+        loss: Callable[[Mapping[str, Tensor]], Tensor],
+        tap: Tap,
+        read: Tap | None = None,
     ) -> str:
         watched: dict[nn.Module, Site] = {}
+        of_module: dict[nn.Module, Site] = {}
         for site in sites:
-            norm = self._norms.get(site.order)
-            modules = self._by_order[site.order].modules.values() if norm is None else [norm.module]
-            watched |= dict.fromkeys(modules, site)
-        zero = torch.zeros((), requires_grad=True)
-
-        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):
-                return None
-            marked = output if output.requires_grad else output + zero.to(output)
-            marked.register_hook(lambda gradient: tap(watched[module], gradient))
-            return marked
-
-        with evaluation(self.model), untrained(self.model), hooks(watched, hook), torch.enable_grad():
+            norm, own = self._norms.get(site.order), self._by_order[site.order].modules.values()
+            watched |= dict.fromkeys(own if norm is None else [norm.module], site)
+            of_module |= dict.fromkeys(own, site)
+        reads = Reads(of_module)
+        with evaluation(self.model), untrained(self.model), hooks(watched, marking(watched, tap)), torch.enable_grad():
             try:
-                outputs = floating_outputs(self._forward(batch))
-            except CalibrationError as error:  # it runs without gradients: the moments were gathered
+                with pre_hooks(of_module if read is not None else (), reads.hook):
+                    outputs = floating_outputs(self._forward(batch))
+            except CalibrationError as error:  # it runs without gradients: the moments can be gathered
                 return str(error)
-            return run_backward(loss, outputs)
+            failed = run_backward(loss, outputs)
+        if read is not None and not failed:
+            reads.hand(read)
+        return failed
 
     def lockstep(self, batches: Sequence[Call], sites: Iterable[Site], visit: Visit) -> str:
         of_module = {m: site for site in sites for m in self._by_order[site.order].modules.values()}

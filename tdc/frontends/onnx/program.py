@@ -106,7 +106,12 @@ class OnnxProgram:
                 tap(site, shown[key])
 
     def gradients(
-        self, batch: Any, sites: Iterable[Site], loss: Callable[[Mapping[str, Tensor]], Tensor], tap: Tap
+        self,
+        batch: Any,
+        sites: Iterable[Site],
+        loss: Callable[[Mapping[str, Tensor]], Tensor],
+        tap: Tap,
+        read: Tap | None = None,
     ) -> str:
         return "onnxruntime runs no model backwards"
 
