@@ -8,14 +8,13 @@ Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no hidde
 `no pivoted` (formats without gathers), `no joint` (inputs that layers share are not made use of), `no bias` (the mean
 of an error does not go into the bias); `anchored no hidden`: of `anchored`.
 
-Three disjoint parts of the data each time. VGG11: training images 20000 to 20511 for the sensitivities, the
-first 32,768 of the others for the statistics and fits, all of the others for healing, the 5,000 development images to
-measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512; to the first part come those of the
-docstrings of the other modules of Python's library (2,683 in Python 3.11), for healing also those of torch and numpy
-(3,549). SmolLM2: windows of WikiText-2's validation part, 0 to 23 and 108 to 131, the statistics from the first 32 of
-them (draws 1 and 2: 60 to 83 and 132 to 155, 84 to 107 and 156 to 179; with all from 180 on for healing), the first 128
-tokens of 24 to 27, and 40 to 59;
-`elsewhere`: perplexity on text of another domain, docstrings of Python's standard library, over the dense one.
+Three disjoint parts of the data each time. VGG11: training images 20000 to 20511 for the sensitivities, the first
+32,768 of the others for the statistics and fits, all of the others for healing, the 5,000 development images to
+measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512; to the first part come those of the docstrings of the
+other modules of Python's library (2,683 in Python 3.11), for healing also those of torch and numpy (3,549). SmolLM2:
+windows of WikiText-2's validation part, 0 to 23 and 108 to 131 (draws 1 and 2: 60 to 83 and 132 to 155, 84 to 107 and
+156 to 179; with all from 180 on for healing), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`: perplexity
+on text of another domain, docstrings of Python's standard library, over the dense one.
 `--statistics`: kept in that file, or read from it; `--models`: what `anchored` gives is kept in that folder, `healed`
 starts from it, and goes on there after an interruption.
 
@@ -69,8 +68,7 @@ BUDGETS = {
 
 
 class Vgg11:
-    heal = tdc.Heal(epochs=8)
-    counted = None
+    heal = tdc.Heal(epochs=4)
 
     def __init__(self, draw: int = 0) -> None:
         one_draw_only(draw)
@@ -91,7 +89,6 @@ class Vgg11:
 
 class MiniLM:
     heal = tdc.Heal(epochs=6, examples=16)
-    counted = None
 
     def __init__(self, draw: int = 0) -> None:
         from tdc.demo import Encoder, load_minilm, sentences
@@ -113,7 +110,6 @@ class MiniLM:
 
 class SmolLM2:
     heal = tdc.Heal(epochs=2, examples=1)
-    counted = 32  # of the calibration's batches, for statistics: the rest only for fits
 
     def __init__(self, draw: int = 0) -> None:
         from bench_smollm2 import WINDOW, load, perplexity
@@ -251,7 +247,7 @@ def statistics_of(case: Any, name: str, metric: str, file: Path | None) -> tuple
         return tdc.Statistics.load(file), 0.0
     exclude = "pooler.dense" if name == "minilm" else ()
     start = time.perf_counter()
-    made = tdc.calibrate(case.model, case.calibration[: case.counted], probe=case.probe, metric=metric, exclude=exclude)
+    made = tdc.calibrate(case.model, case.calibration, probe=case.probe, metric=metric, exclude=exclude)
     if file is not None:
         made.save(file)
     return made, time.perf_counter() - start

@@ -160,18 +160,18 @@ def _moments(site: Site, runs: Runs) -> Pair:
             exact = dense.dtype if dense.dtype == torch.float64 else torch.float32
             read = [dense, new] if apart is None else [dense, new, apart[0][places], apart[1][places]]
             rows = [v.to(exact).movedim(1, 0) for v in read]
-            good = torch.stack([torch.isfinite(v).all(2).all(0) for v in rows]).all(0)
             each = (torch.ones(len(places)) if weights is None else weights[places]).to(rows[0])
-            if not bool(good.all()):
+            if not bool(torch.isfinite(torch.stack([v.sum() for v in rows]).sum())):  # of one number first: quicker
+                good = torch.stack([torch.isfinite(v).all(2).all(0) for v in rows]).all(0)
                 rows, each = [v[:, good] for v in rows], each[good]
             scaled = rows[1] * each[:, None]
             drift += (inputs.between(rows[0], rows[1]).mT @ scaled).cpu()
             own += gram(rows[1], scaled).cpu()
-            sums += torch.stack([rows[0] * each[:, None], scaled]).sum(2, dtype=torch.float64).cpu()
+            sums += torch.stack([each @ rows[0], scaled.sum(1)]).to("cpu", torch.float64)
             if apart is not None:
                 between = added.between(rows[2], rows[3])
                 gap += (between.mT @ scaled).cpu()
-                mean_gap += (between * each[:, None]).sum(1, dtype=torch.float64)[:, :, None].cpu()
+                mean_gap += (each @ between)[:, :, None].to("cpu", torch.float64)
             mass, square = mass + float(each.sum()), square + float(each.double().square().sum())
     scale = max(mass, 1e-30)
     mean_x, mean_z = sums / scale
@@ -200,7 +200,8 @@ class _Gap:
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
         gap = first - second
-        self.apart, self.size = self.apart + float(gap.square().sum()), self.size + float(first.square().sum())
+        self.apart += float(torch.linalg.vector_norm(gap)) ** 2
+        self.size += float(torch.linalg.vector_norm(first)) ** 2
         self.eps = torch.finfo(first.dtype).eps
         return gap
 

@@ -17,8 +17,9 @@ __all__ = ["WIDEST", "Collector", "Gradients", "Moments", "gram"]
 WIDEST = 5120
 """Inputs per position (n) of a convolution above which the moment of its outputs is gathered instead: a float32
 matrix of 5120 has 105 MB."""
-_DOUBLE = 2048
-"""Width up to which sums are kept in float64; above it in float32, to bound the memory."""
+_DOUBLE = 512
+"""Width up to which sums are kept in float64; above it in float32, in which products are made and statistics are
+stored: that takes half of the memory, and adds up in a third of the time."""
 _CLIP = 10.0
 _EVEN = 0.1
 """How much of the importance of a row is the same for all."""
@@ -26,18 +27,18 @@ _BLOCK = 256
 
 
 def gram(rows: Tensor, scaled: Tensor) -> Tensor:
-    """``sum a x x^T`` (..., n, n) of rows x and ``a x`` (..., m, n): only blocks on and above the diagonal are
+    """``sum a x x^T`` (g, n, n) of rows x and ``a x`` (g, m, n): only blocks on and above the diagonal are
     multiplied out.
     """
     width = rows.shape[-1]
     if width < 2 * _BLOCK:
         return rows.mT @ scaled
-    found = rows.new_empty((*rows.shape[:-2], width, width))
+    found = rows.new_empty((len(rows), width, width))
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
-        part = rows[..., start:end].mT @ scaled[..., start:]
-        found[..., start:end, start:] = part
-        found[..., end:, start:end] = part[..., end - start :].mT
+        for own, left, right in zip(found, rows, scaled, strict=True):
+            torch.mm(left[:, start:end].mT, right[:, start:], out=own[start:end, start:])
+        found[..., end:, start:end] = found[..., start:end, end:].mT
     return found
 
 
@@ -79,8 +80,8 @@ class Moments:
         Rows with NaN or infinity are left out and counted in ``dropped``.
         """
         rows = rows.detach().to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        finite = torch.isfinite(rows).flatten(1).all(1)
-        if not bool(finite.all()):
+        if not bool(torch.isfinite(rows.sum())):  # of one number first: quicker
+            finite = torch.isfinite(rows).flatten(1).all(1)
             self.dropped += int((~finite).sum())
             rows = rows[finite]
             importance = None if importance is None else importance[finite.to(importance.device)]
@@ -94,7 +95,7 @@ class Moments:
             self.important._accumulate(rows, rows * each.to(rows)[:, None, None])
 
     def _accumulate(self, rows: Tensor, scaled: Tensor) -> None:
-        self.sum += scaled.sum(0, dtype=torch.float64).cpu()
+        self.sum += scaled.sum(0).to("cpu", torch.float64)
         self.rows += rows.shape[0]
         left, right = rows.movedim(1, 0), scaled.movedim(1, 0)
         if self.weight is not None:
@@ -155,7 +156,7 @@ class Collector:
     position gets the moment of its outputs, by ``weight(site)``.
 
     Within a batch every distinct activation (tensor object, unless it was written to in between) is multiplied once.
-    Memory: three (g, n, n) matrices per distinct activation, of all batches (float64 up to n = 2048, float32 above), of
+    Memory: three (g, n, n) matrices per distinct activation, of all batches (float64 up to n = 512, float32 above), of
     every second one and of the one that runs (float32); those that a layer reads in a loop, and that are gone, share
     one. ``importance(site)``: of the rows that the site reads in this
     batch, in their order, or None; two more then.
