@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tdc.ir import Metric, Site
 from tdc.statistics import shrunk
-from tdc.statistics.moments import gram
+from tdc.statistics.moments import gram, summing
 from tdc.statistics.patches import input_rows, output_rows, window_lengths
 
 __all__ = ["Pair"]
@@ -149,9 +149,9 @@ def _solved(wanted: Tensor, own: Tensor, stable: Tensor, ridge: float) -> Tensor
 
 def _moments(site: Site, runs: Runs) -> Pair:
     groups, outputs, width = site.matrix
-    drift, own = (torch.zeros(groups, width, width, dtype=torch.float64) for _ in range(2))
+    drift, own = (torch.zeros(groups, width, width, dtype=summing(width)) for _ in range(2))
     sums = torch.zeros(2, groups, width, dtype=torch.float64)
-    gap, mean_gap = (torch.zeros(groups, outputs, size, dtype=torch.float64) for size in (width, 1))
+    gap, mean_gap = (torch.zeros(groups, outputs, size, dtype=summing(size)) for size in (width, 1))
     mass, square, inputs, added, known = 0.0, 0.0, _Gap(), _Gap(), False
     for seed, x, z, weights, s, t in runs:
         apart = None if s is None or t is None else (output_rows(site, s), output_rows(site, t))
@@ -175,9 +175,10 @@ def _moments(site: Site, runs: Runs) -> Pair:
             mass, square = mass + float(each.sum()), square + float(each.double().square().sum())
     scale = max(mass, 1e-30)
     mean_x, mean_z = sums / scale
-    beside = (gap / scale, mean_gap[:, :, 0] / scale) if known else None
+    beside = (gap.double() / scale, mean_gap[:, :, 0] / scale) if known else None
     rows_ = round(mass**2 / square) if square > 0 else 0
-    return Pair(drift / scale, own / scale, mean_x, mean_z, beside, mass, rows_, inputs.is_real or added.is_real)
+    moved = inputs.is_real or added.is_real
+    return Pair(drift.double() / scale, own.double() / scale, mean_x, mean_z, beside, mass, rows_, moved)
 
 
 def _is_row_by_row(site: Site, activation: Tensor, beside: Tensor | None) -> bool:

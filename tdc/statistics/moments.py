@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ir import Site
 from .patches import input_rows, output_rows, window_lengths
 
-__all__ = ["WIDEST", "Collector", "Gradients", "Moments", "gram"]
+__all__ = ["WIDEST", "Collector", "Gradients", "Moments", "gram", "summing"]
 
 WIDEST = 5120
 """Inputs per position (n) of a convolution above which the moment of its outputs is gathered instead: a float32
@@ -24,6 +24,11 @@ _CLIP = 10.0
 _EVEN = 0.1
 """How much of the importance of a row is the same for all."""
 _BLOCK = 256
+
+
+def summing(width: int, dtype: torch.dtype = torch.float64) -> torch.dtype:
+    """In which sums of products (width, width) are kept, where ``dtype`` is wanted."""
+    return dtype if width <= _DOUBLE else torch.float32
 
 
 def gram(rows: Tensor, scaled: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ class Moments:
         cls, groups: int, width: int, weight: Tensor | None = None, dtype: torch.dtype = torch.float64
     ) -> Moments:
         side = width if weight is None else weight.shape[1]
-        dtype = dtype if side <= _DOUBLE else torch.float32
+        dtype = summing(side, dtype)
         sums = torch.zeros(groups, width, dtype=torch.float64)
         return cls(torch.zeros(groups, side, side, dtype=dtype), sums, weight)
 
