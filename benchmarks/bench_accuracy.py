@@ -9,7 +9,7 @@ Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no hidde
 of an error does not go into the bias); `anchored no hidden`: of `anchored`.
 
 Three disjoint parts of the data each time. VGG11: training images 20000 to 20511 for the sensitivities, the first
-32,768 of the others for the statistics and fits, all of the others for healing, the 5,000 development images to
+8,192 of the others for the statistics and fits, all of the others for healing, the 5,000 development images to
 measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512; to the first part come those of the docstrings of the
 other modules of Python's library (2,683 in Python 3.11), for healing also those of torch and numpy (3,549). SmolLM2:
 windows of WikiText-2's validation part, 0 to 23 and 108 to 131 (draws 1 and 2: 60 to 83 and 132 to 155, 84 to 107 and
@@ -75,7 +75,7 @@ class Vgg11:
         self.model: nn.Module = load_vgg11()
         images = torch.cat((cifar("train", 20000)[0], cifar("train", start=20512)[0]))
         self.healing: Any = list(images.split(256))
-        self.calibration = self.healing[:128]
+        self.calibration = self.healing[:32]
         self.probe: Any = list(cifar("train", 512, 20000)[0].split(256))
         self._data = cifar("dev")
         self._dense = hits(self.model, *self._data)
