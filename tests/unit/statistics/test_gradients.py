@@ -41,6 +41,16 @@ def test_the_gradients_of_sampled_labels_have_the_fisher_information_as_moment()
     assert torch.allclose(logits.grad.T @ logits.grad / 4000, expected, atol=0.02)
 
 
+def test_labels_are_drawn_as_often_as_the_softmax_says_and_none_that_cannot_be() -> None:
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0]).expand(40_000, 4).clone().requires_grad_()
+    Probe("logits", seed=3)({"logits": logits}).backward()
+    assert logits.grad is not None
+    likely = torch.softmax(logits.detach()[0], -1)
+    drawn = (likely - logits.grad).mean(0)  # one where the label is
+    torch.testing.assert_close(drawn, likely, atol=0.01, rtol=0)
+    assert drawn[2] == 0
+
+
 def test_random_directions_have_the_relative_change_as_moment() -> None:
     """``E[g g^T] = n I / ||y||^2`` for one output y of n numbers."""
     outputs = {"y": torch.arange(1.0, 5.0, dtype=torch.float64).requires_grad_()}
