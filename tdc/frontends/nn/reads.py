@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ class Reads:
 
     def __init__(self, of_module: Mapping[nn.Module, Site]) -> None:
         self.of_module = of_module
-        self._met: list[tuple[nn.Module, Tensor, int]] = []
+        self._met: deque[tuple[nn.Module, Tensor, int]] = deque()
         self._sizes: dict[int, int] = {}
         self._open = True
 
@@ -44,12 +45,14 @@ class Reads:
         self._met.clear()
 
     def hand(self, read: Callable[[Site, Tensor], None]) -> None:
-        """Hand all of them on."""
+        """Hand all of them on, and let go of each: who reads them may count on that where there are many."""
         if any(given._version != version for _, given, version in self._met):
             self.drop()
         with torch.no_grad():
-            for module, given, _ in self._met:
+            while self._met:
+                module, given, _ = self._met.popleft()
                 read(self.of_module[module], padded(module, given))
+                del given
 
 
 def marking(of_module: Mapping[nn.Module, Site], tap: Callable[[Site, Tensor], None]) -> Callable[..., Tensor | None]:

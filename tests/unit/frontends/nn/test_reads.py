@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import tdc
-from tdc.frontends.nn import reads
+from tdc.frontends.nn import NnProgram, reads
+from tdc.ir import Site
+from tdc.statistics import Probe
 from tdc.testing import random_cnn
 
 
@@ -54,6 +57,35 @@ def test_statistics_are_those_of_a_run_of_its_own_even_where_inputs_are_written_
     assert_same(found, wanted)
     saved = model.calls - 2 * calls  # of the runs without what was read
     assert saved == (0 if inplace else len(data))
+
+
+class Loop(nn.Module):
+    """One layer that runs many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(30):
+            x = torch.tanh(self.layer(x))
+        return x
+
+
+def test_what_was_handed_on_is_let_go() -> None:
+    program = NnProgram(Loop().eval(), (torch.randn(4, 6),))
+    met: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def read(site: Site, activation: Tensor) -> None:
+        alive.append(sum(ref() is not None for ref in met[:-1]))
+        met.append(weakref.ref(activation))
+
+    sites, x = program.sites()[0], torch.randn(4, 6)
+    loss = Probe(None, 1)
+    assert program.gradients(((x,), {}), sites, loss, lambda site, gradient: None, read) == ""
+    assert len(met) == 30
+    assert max(alive) <= 1  # the batch itself, which the caller holds
 
 
 def test_a_site_behind_a_normalisation_and_one_run_twice() -> None:
