@@ -8,13 +8,13 @@ Of `fisher` one thing less each: `uniform` (the same keep everywhere), `no hidde
 `no pivoted` (formats without gathers), `no joint` (inputs that layers share are not made use of), `no bias` (the mean
 of an error does not go into the bias); `anchored no hidden`: of `anchored`.
 
-Three disjoint parts of the data each time. VGG11: training images 20000 to 20511 for the sensitivities, the first
-8,192 of the others for the statistics and fits, all of the others for healing, the 5,000 development images to
-measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512; to the first part come those of the docstrings of the
-other modules of Python's library (2,683 in Python 3.11), for healing also those of torch and numpy (3,549). SmolLM2:
-windows of WikiText-2's validation part, 0 to 23 and 108 to 131 (draws 1 and 2: 60 to 83 and 132 to 155, 84 to 107 and
-156 to 179; with all from 180 on for healing), the first 128 tokens of 24 to 27, and 40 to 59; `elsewhere`: perplexity
-on text of another domain, docstrings of Python's standard library, over the dense one.
+Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for the statistics and fits (draws 1 and
+2: 8192 to 16383, 24576 to 32767), all but 20000 to 20511 for healing, those for the sensitivities, the 5,000
+development images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512; to the first part come those of
+the docstrings of the other modules of Python's library (2,683 in Python 3.11), for healing also those of torch and
+numpy (3,549). SmolLM2: windows of WikiText-2's validation part, 0 to 23 and 108 to 131 (draws 1 and 2: 60 to 83 and
+132 to 155, 84 to 107 and 156 to 179; with all from 180 on for healing), the first 128 tokens of 24 to 27, and 40 to
+59; `elsewhere`: perplexity on text of another domain, docstrings of Python's standard library, over the dense one.
 `--statistics`: kept in that file, or read from it; `--models`: what `anchored` gives is kept in that folder, `healed`
 starts from it, and goes on there after an interruption.
 
@@ -71,12 +71,12 @@ class Vgg11:
     heal = tdc.Heal(epochs=4)
 
     def __init__(self, draw: int = 0) -> None:
-        one_draw_only(draw)
         self.model: nn.Module = load_vgg11()
-        images = torch.cat((cifar("train", 20000)[0], cifar("train", start=20512)[0]))
-        self.healing: Any = list(images.split(256))
-        self.calibration = self.healing[:32]
+        start = (0, 8192, 24576)[draw]
+        self.calibration: Any = list(cifar("train", 8192, start)[0].split(256))
         self.probe: Any = list(cifar("train", 512, 20000)[0].split(256))
+        rest = (cifar("train", 20000)[0], cifar("train", start=20512)[0])
+        self.healing: Any = list(torch.cat(rest).split(256))
         self._data = cifar("dev")
         self._dense = hits(self.model, *self._data)
 
@@ -93,10 +93,11 @@ class MiniLM:
     def __init__(self, draw: int = 0) -> None:
         from tdc.demo import Encoder, load_minilm, sentences
 
-        one_draw_only(draw)
         self.model, tokenizer = load_minilm()
         self.encoder, texts = Encoder(tokenizer), sentences()
         shuffled = [texts[k] for k in torch.randperm(len(texts)).tolist()]
+        if draw:
+            raise SystemExit("skipped: there are sentences for one draw only")
         library, others = (sorted({*sentences(names)} - {*texts}) for names in other_modules())
         parts = ([*shuffled[:2048], *library], shuffled[2048:2112], shuffled[2112:2624])
         self.calibration, self.probe, self._held_out = (self.encoder.batches(part) for part in parts)
@@ -135,11 +136,6 @@ class SmolLM2:
             "against dense": f"{found / self._dense[0]:.4f} times the perplexity",
             "elsewhere": f"{other / self._dense[1]:.4f}",
         }
-
-
-def one_draw_only(draw: int) -> None:
-    if draw:
-        raise SystemExit("skipped: nearly all of the data serves in the first draw")
 
 
 def other_modules() -> tuple[list[str], list[str]]:

@@ -8,7 +8,7 @@ from tdc.ir import Candidate, Cost, Rival
 
 from .base import Members, Unit
 
-__all__ = ["cost_of", "group_offers", "loss_of", "priced", "rivals_of"]
+__all__ = ["alone", "cost_of", "group_offers", "loss_of", "priced", "rivals_of"]
 
 
 def cost_of(members: Members) -> Cost:
@@ -25,10 +25,14 @@ def priced(members: Members, price: Mapping[str, float]) -> float:
     return loss_of(members) + sum(value * getattr(cost, key) for key, value in price.items())
 
 
+def alone(unit: Unit, order: int, price: Mapping[str, float]) -> float:
+    """What a site takes at these prices when it is decided by itself."""
+    return min(priced((c,), price) for c in unit.candidates[order])
+
+
 def group_offers(unit: Unit, chosen: Sequence[Candidate], price: Mapping[str, float]) -> dict[int, tuple[Rival, ...]]:
     """``site.order`` -> what each of its groups would take at these prices, of a chosen group what it takes."""
     taken = {c.site.order: c for c in chosen}
-    alone = {site.order: min(priced((c,), price) for c in unit.candidates[site.order]) for site in unit.sites}
     found: dict[int, tuple[Rival, ...]] = {}
     for group, options in unit.joint.items():
         orders = [c.site.order for c in options[0]]
@@ -36,9 +40,9 @@ def group_offers(unit: Unit, chosen: Sequence[Candidate], price: Mapping[str, fl
             members: Members = tuple(taken[order] for order in orders)
         else:
             members = min(options, key=lambda own: priced(own, price))
-        total, apart = priced(members, price), sum(alone[order] for order in orders)
-        for member in members:
-            rival = _rival(member, total - apart + alone[member.site.order], group)
+        apart = [alone(unit, order, price) for order in orders]
+        for member, own in zip(members, apart, strict=True):
+            rival = _rival(member, priced(members, price) - sum(apart) + own, group)
             found[member.site.order] = (*found.get(member.site.order, ()), rival)
     return found
 

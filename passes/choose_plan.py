@@ -19,7 +19,7 @@ from tdc.planning.allocate import (
 )
 from tdc.planning.budget import Budget
 
-from ._rivals import cost_of, group_offers, loss_of, priced, rivals_of
+from ._rivals import alone, cost_of, group_offers, loss_of, priced, rivals_of
 from ._seconds import members_seconds
 from .base import Members, Pass, Unit
 from .propose_layouts import metric_name
@@ -232,14 +232,13 @@ def _together(unit: Unit, group: int, price: Mapping[str, float]) -> float:
 
 
 def _apart(unit: Unit, group: int, price: Mapping[str, float]) -> float:
-    rows = [unit.candidates[c.site.order] for c in unit.joint[group][0]]
-    return sum(min(priced((c,), price) for c in row) for row in rows)
+    return sum(alone(unit, c.site.order, price) for c in unit.joint[group][0])
 
 
 def _bound(unit: Unit, budget: Budget, price: Mapping[str, float]) -> float:
     """What no choice within the budget loses less than: at any price, each site or group takes its best one."""
     rows = [unit.candidates[site.order] for site in unit.sites]
-    least = sum(min(priced((c,), price) for c in row) for row in rows) - _most_gained(unit, price)
+    least = sum(alone(unit, site.order, price) for site in unit.sites) - _most_gained(unit, price)
     allowed = budget.allowance(sum((row[-1].cost for row in rows), Cost(0, 0, 0)))
     return max(0.0, least - sum(value * allowed[key] for key, value in price.items()))
 

@@ -17,6 +17,7 @@ from ..ir import Block, Cost, Remark, Site
 __all__ = [
     "Change",
     "Kernel",
+    "Loss",
     "Program",
     "Replacement",
     "Stopwatch",
@@ -32,6 +33,9 @@ __all__ = [
 Tap = Callable[[Site, Tensor], None]
 """Called with a site and the activation that enters it: any leading axes and the site's input axis last; for
 convolutions (examples, channels, window axes...), before the padding that the site's windows state."""
+
+Loss = Callable[[Mapping[str, Tensor]], Tensor]
+"""Of the floating outputs by name: what is run backwards from."""
 
 Kernel = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
 """Runs a block: takes its input, its factors and the bias, gives None where it cannot."""
@@ -117,14 +121,7 @@ class Program(Protocol):
         CalibrationError if the model cannot run on the batch.
         """
 
-    def gradients(
-        self,
-        batch: Any,
-        sites: Iterable[Site],
-        loss: Callable[[Mapping[str, Tensor]], Tensor],
-        tap: Tap,
-        read: Tap | None = None,
-    ) -> str:
+    def gradients(self, batch: Any, sites: Iterable[Site], loss: Loss, tap: Tap, read: Tap | None = None) -> str:
         """Run the dense model on one batch forwards and backwards, and hand the gradient of ``loss(outputs)`` in every
         use's output to ``tap``, that behind the normalisation where one is folded into the site.
 

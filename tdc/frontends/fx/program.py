@@ -15,7 +15,7 @@ from ...ir import Block, Cost, Remark, Site, window_attributes
 from ..clock import seconds_of
 from ..graph import added_to, fold_norm, gain_before, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
-from ..program import Change, Replacement, Tap, sketch
+from ..program import Change, Loss, Replacement, Tap, sketch
 from .captured import Bound, Override, Values, alongside, passes_on, undisturbed
 from .cost import graph_cost
 from .match import Use, Weight, canonical, match, plain, storage_key
@@ -188,14 +188,7 @@ class FxProgram:
         self.pause()
         self.bounds[place].run(values, taps=taps)
 
-    def gradients(
-        self,
-        batch: Batch,
-        sites: Iterable[Site],
-        loss: Callable[[Mapping[str, Tensor]], Tensor],
-        tap: Tap,
-        read: Tap | None = None,
-    ) -> str:
+    def gradients(self, batch: Batch, sites: Iterable[Site], loss: Loss, tap: Tap, read: Tap | None = None) -> str:
         place, values = batch
         marks: dict[fx.Node, Override] = {}
         for site in sites:

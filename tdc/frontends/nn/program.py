@@ -17,7 +17,7 @@ from ...ir import Block, Cost, Decline, Remark, Site, window_attributes
 from ..count import Counter
 from ..graph import floating_outputs, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
-from ..program import Change, Replacement, Tap, passed_over_weight, sketch
+from ..program import Change, Loss, Replacement, Tap, passed_over_weight, sketch
 from .batches import Call, as_call, as_calls
 from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
@@ -183,14 +183,7 @@ class NnProgram:
         with evaluation(self.model), pre_hooks(of_module, hook):
             self._run(batch)
 
-    def gradients(
-        self,
-        batch: Call,
-        sites: Iterable[Site],
-        loss: Callable[[Mapping[str, Tensor]], Tensor],
-        tap: Tap,
-        read: Tap | None = None,
-    ) -> str:
+    def gradients(self, batch: Call, sites: Iterable[Site], loss: Loss, tap: Tap, read: Tap | None = None) -> str:
         watched: dict[nn.Module, Site] = {}
         of_module: dict[nn.Module, Site] = {}
         for site in sites:

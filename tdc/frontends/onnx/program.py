@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,7 @@ from ...errors import CalibrationError, ModelError, PlanError, VerificationError
 from ...ir import Block, Cost, Remark, Site
 from ..clock import seconds_of
 from ..lockstep import Visit, in_step
-from ..program import Change, Replacement, Tap
+from ..program import Change, Loss, Replacement, Tap
 from .calibration import Batch, read_batches
 from .cost import run_cost
 from .emit import Emitter, check_block
@@ -105,14 +105,7 @@ class OnnxProgram:
                     shown[key] = use.oriented(entries_of(use.activation, values))
                 tap(site, shown[key])
 
-    def gradients(
-        self,
-        batch: Any,
-        sites: Iterable[Site],
-        loss: Callable[[Mapping[str, Tensor]], Tensor],
-        tap: Tap,
-        read: Tap | None = None,
-    ) -> str:
+    def gradients(self, batch: Any, sites: Iterable[Site], loss: Loss, tap: Tap, read: Tap | None = None) -> str:
         return "onnxruntime runs no model backwards"
 
     def lockstep(self, batches: Sequence[Batch], sites: Iterable[Site], visit: Visit) -> str:
