@@ -120,7 +120,7 @@ def at_budget(
     """
     options = replace(unit.options, budget=f"params={keep}")
     candidates = {site.order: tuple(row) for site, row in zip(unit.sites, rows, strict=True)}
-    plan = Pipeline((ChoosePlan(),)).run(unit.having(candidates=candidates, options=options)).plan
+    plan = Pipeline((ChoosePlan(),)).run(unit.having(candidates=candidates, joint={}, options=options)).plan
     assert plan is not None
     decided = {c.site.order: c for c in plan.choices}
     chosen = tuple(row.index(decided[site.order]) for site, row in zip(unit.sites, rows, strict=True))
