@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,12 @@ from .propose_layouts import SMALL_ERROR
 
 __all__ = ["Calibrate"]
 
-PROBE_ERRORS = (3e-4, 3e-3, SMALL_ERROR, 0.3)
+PROBE_ERRORS = (3e-5, 3e-4, 3e-3, SMALL_ERROR, 0.3)
 """Relative squared errors given to one site at a time."""
+_STEEP = 2.0
+"""How much the sensitivity changes between two probes at which one more is made between them."""
+_BETWEEN = 3
+"""How many more a site gets at most."""
 HIDDEN_ERRORS = (3e-3, SMALL_ERROR)
 """The same for leaving out hidden units."""
 _HIDDEN_STEPS = 64
@@ -324,12 +329,32 @@ def _probed(unit: Unit, gathered: Statistics, probing: Probing) -> list[tuple[tu
         double = unit.program.weight(site).double()
         metric = gathered.metric(entry, double, gathered.metric_name)
         best = optimum(double, metric, site.matrix[0])
-        own = []
-        for rank in _probe_ranks(best.tail, PROBE_ERRORS if k % step == 0 else (SMALL_ERROR,)):
-            moved, error = best.approximation(rank).reshape(double.shape), float(best.tail[rank])
-            own.append((error, probing.sensitivity(site, double, moved, metric, error)))
-        found.append(tuple(own))
+        own: dict[int, tuple[float, float]] = {}
+        ranks = _probe_ranks(best.tail, PROBE_ERRORS if k % step == 0 else (SMALL_ERROR,))
+        while ranks:
+            for rank in ranks:
+                moved, error = best.approximation(rank).reshape(double.shape), float(best.tail[rank])
+                own[rank] = error, probing.sensitivity(site, double, moved, metric, error)
+            between = _between(own, best.tail)
+            ranks = [between] if step == 1 and between and len(own) < len(PROBE_ERRORS) + _BETWEEN else []
+        found.append(tuple(own[rank] for rank in sorted(own, reverse=True)))
     return found if step == 1 else _completed(gathered.sites, found, step)
+
+
+def _between(own: Mapping[int, tuple[float, float]], tail: Tensor) -> int:
+    """The rank between those two that follow each other, of all with a rank between them, whose sensitivities differ
+    most, at about their geometric mean error; 0 if none differ by more than ``_STEEP``.
+    """
+    pairs = [
+        (abs(math.log(max(own[a][1], 1e-30) / max(own[b][1], 1e-30))), a, b)
+        for a, b in itertools.pairwise(sorted(own))
+        if b - a > 1
+    ]
+    steep, low, high = max(pairs, default=(0.0, 0, 0))
+    if steep <= math.log(_STEEP):
+        return 0
+    middle = math.sqrt(own[low][0] * own[high][0])
+    return min(range(low + 1, high), key=lambda rank: abs(math.log(float(tail[rank]) / middle)))
 
 
 def _completed(

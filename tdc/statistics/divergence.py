@@ -56,8 +56,10 @@ def divergence_of(reference: Mapping[str, Tensor], moved: Mapping[str, Tensor], 
 class Probe:
     """A loss whose gradients have the second moment by which the divergence grows, to second order.
 
-    Of logits: that of the cross entropy, summed over positions, with labels that are drawn from the model's own
-    softmax (the Fisher information). Of other outputs: ``sqrt(n) sum_k <v_k, y_k> / ||y_k||`` with standard normal
+    Of logits with softmax p: ``sum <g, logits>`` over positions, ``g = sqrt(p) v - p <sqrt(p), v>`` with random signs
+    v, for which ``E[g g^T] = diag(p) - p p^T``, the Fisher information, as with the cross entropy of labels that are
+    drawn from p; but its norm is about the same at every draw, where a label of a confident model is hardly ever
+    another one than the likeliest. Of other outputs: ``sqrt(n) sum_k <v_k, y_k> / ||y_k||`` with standard normal
     v, so that the squared gradients are ``n ||dy_k||^2 / ||y_k||^2`` in the mean over v (Hutchinson's estimator);
     n, the number of outputs, keeps them in the range of half precision.
     """
@@ -69,12 +71,7 @@ class Probe:
         generator = torch.Generator().manual_seed(self.seed)
         if self.logits is not None and self.logits in outputs:
             rows = outputs[self.logits].flatten(0, -2).float()
-            likely = torch.softmax(rows.detach(), -1)
-            below = likely.cumsum(-1)
-            drawn = torch.rand(len(rows), 1, generator=generator).to(rows.device) * below[:, -1:]
-            labels = torch.searchsorted(below, drawn, right=True).clamp_(max=rows.shape[1] - 1)
-            gradient = likely.scatter_add_(-1, labels, likely.new_full((), -1.0).expand(labels.shape))
-            return (rows * gradient).sum()  # has the gradient of the cross entropy
+            return (rows * _projected(torch.softmax(rows.detach(), -1), generator)).sum()
         terms = []
         scale = sum(values.numel() for values in outputs.values()) ** 0.5
         for values in outputs.values():
@@ -82,6 +79,15 @@ class Probe:
             random = scale * torch.randn(values.shape, generator=generator, dtype=torch.float64) / norm.cpu()
             terms.append((values * random.to(values)).sum())
         return torch.stack(terms).sum()
+
+
+def _projected(p: Tensor, generator: torch.Generator) -> Tensor:
+    """``(diag(sqrt(p)) - p sqrt(p)^T) v`` for each row p, which is overwritten, with random signs v."""
+    for part in p.split(max(1, _CHUNK // p.shape[1])):
+        signs = torch.empty(part.shape, dtype=torch.int8).random_(2, generator=generator).to(part.device)
+        root = part.sqrt() * signs.mul_(2).sub_(1)
+        torch.addcmul(root, part, root.sum(-1, keepdim=True), value=-1, out=part)
+    return p
 
 
 def _kl(reference: Tensor, moved: Tensor) -> Tensor:

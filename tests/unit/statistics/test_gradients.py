@@ -30,8 +30,8 @@ def test_logits_are_told_by_name_or_by_a_confident_softmax() -> None:
     assert logits_among({"output": LOUD[None]}) is None
 
 
-def test_the_gradients_of_sampled_labels_have_the_fisher_information_as_moment() -> None:
-    """``E[(p - e_y)(p - e_y)^T] = diag(p) - p p^T`` over y drawn from p."""
+def test_the_gradients_of_the_probe_have_the_fisher_information_as_moment() -> None:
+    """``E[g g^T] = diag(p) - p p^T``, as over cross entropies of labels drawn from p."""
     row = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64)
     logits = row.expand(4000, 3).clone().requires_grad_()
     Probe("logits", 1)({"logits": logits}).backward()
@@ -41,14 +41,16 @@ def test_the_gradients_of_sampled_labels_have_the_fisher_information_as_moment()
     assert torch.allclose(logits.grad.T @ logits.grad / 4000, expected, atol=0.02)
 
 
-def test_labels_are_drawn_as_often_as_the_softmax_says_and_none_that_cannot_be() -> None:
-    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0]).expand(40_000, 4).clone().requires_grad_()
-    Probe("logits", seed=3)({"logits": logits}).backward()
-    assert logits.grad is not None
-    likely = torch.softmax(logits.detach()[0], -1)
-    drawn = (likely - logits.grad).mean(0)  # one where the label is
-    torch.testing.assert_close(drawn, likely, atol=0.01, rtol=0)
-    assert drawn[2] == 0
+def test_the_gradients_of_confident_rows_are_of_one_size_and_nothing_goes_where_nothing_is_likely() -> None:
+    """Of drawn labels one in 1 / (1 - p) has a gradient of norm one, and the others next to none."""
+    logits = torch.tensor([9.0, 0.0, -torch.inf, 0.0]).expand(500, 4).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(Probe("logits", seed=3)({"logits": logits.clamp(min=-1e9)}), logits)
+    p = torch.softmax(logits.detach()[0], -1)
+    assert not gradient[:, 2].any()
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(500), atol=1e-6, rtol=0)
+    sizes = gradient.square().sum(1) / (1 - p.square().sum())
+    assert 0.4 < float(sizes.min()) <= float(sizes.max()) < 1.7
+    assert len({*(gradient[:, 1] > 0).tolist()}) == 2
 
 
 def test_random_directions_have_the_relative_change_as_moment() -> None:
@@ -210,7 +212,7 @@ def test_a_classifier_is_not_taken_for_cheap_since_its_last_direction_moves_all_
         head.bias.zero_()
     known = tdc.calibrate(nn.Sequential(head).eval(), [torch.randn(512, 32, generator=generator)], progress=False)
     (entry,) = known.sites
-    assert len(entry.probes) == 2
+    assert len(entry.probes) == 3
     assert entry.sensitivity_at(0.3) > 100 * entry.sensitivity
     plan = tdc.plan(nn.Sequential(head), (torch.randn(2, 32),), budget="params=0.9", statistics=known, progress=False)
     assert plan.choices[0].sensitivity == pytest.approx(entry.sensitivity_at(plan.choices[0].error), rel=1e-5)
