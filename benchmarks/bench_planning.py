@@ -7,6 +7,7 @@ Every loss is measured on data that served neither for the statistics nor for th
 `spearman`, `spearman-minilm`, `spearman-vgg11`: the sum of sensitivity times error against the measured divergence of
 30 random plans of one size, and whether weights by depth, fitted to half of the plans, put the others in a better
 order. `regret`: the planner's choice against the best of all 6^5 plans of a chain of five layers, on the same net.
+`draws`: both on that net with ten other draws of the random projections in the metric.
 scikit-learn's digits in a random order: 0 to 895 to train and calibrate on, 896 to 1023 for the sensitivities, the
 other 773 to measure on. VGG11, here and below: training images from 0 for the statistics (1,024 unless said), 20000 to
 20255 for the sensitivities, and the first development images to measure on (256 here, 512 in E2, 2,000 in E9, whose
@@ -42,13 +43,14 @@ from planning_common import digits, minilm, vgg11
 from planning_errors import own_layers, predicted_errors
 from planning_norms import norms
 from planning_orders import spearman_of
-from planning_regret import regret
+from planning_regret import draws, regret
 
 EXPERIMENTS: dict[str, Callable[[Path | None], None]] = {
     "spearman": lambda cache: spearman_of(digits(), 0.5, cache),
     "spearman-vgg11": lambda cache: spearman_of(vgg11(), 0.2, cache, most=10, anchors=False),
     "spearman-minilm": lambda cache: spearman_of(minilm(), 0.6, cache, most=8, anchors=False),
     "regret": lambda cache: regret(digits(), cache),
+    "draws": lambda cache: draws(digits()),
     "E2": lambda cache: predicted_errors(),
     "E2-vgg11": own_layers,
     "E9-vgg11": images,

@@ -37,6 +37,7 @@ __all__ = [
     "minilm",
     "proposed",
     "spearman",
+    "statistics_of",
     "vgg11",
 ]
 
@@ -140,10 +141,15 @@ def known_statistics(case: Case, cache: Path | None) -> tdc.Statistics:
     path = None if cache is None else cache / f"{case.name}-{count}.safetensors"
     if path is not None and path.exists():
         return tdc.Statistics.load(path)
-    found = tdc.calibrate(case.model, case.calibration, probe=case.probe, exclude=case.exclude, progress=False)
+    found = statistics_of(case)
     if path is not None:
         found.save(path)
     return found
+
+
+def statistics_of(case: Case, seed: int = 0) -> tdc.Statistics:
+    options = {"probe": case.probe, "exclude": case.exclude, "seed": seed}
+    return tdc.calibrate(case.model, case.calibration, progress=False, **options)
 
 
 def proposed(case: Case, statistics: tdc.Statistics, metric: str = "auto", *, anchors: bool = False) -> Unit:

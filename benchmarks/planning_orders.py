@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from planning_common import (
 from tdc.ir import Candidate
 from tdc.passes.base import Unit
 
-__all__ = ["compared", "loss_of", "params_of", "spearman_of"]
+__all__ = ["compared", "loss_of", "measured_plans", "params_of", "spearman_of"]
 
 NEAR = 10
 
@@ -104,6 +105,27 @@ def walked(
     return None
 
 
+@dataclass
+class Measured:
+    """Random plans, the losses that are predicted and measured of them, and what they were measured with."""
+
+    plans: list[Choices]
+    predicted: list[float]
+    measured: list[float]
+    fits: Fits
+    judge: Judge
+
+
+def measured_plans(case: Case, unit: Unit, keep: float, most: int | None = None, count: int = 30) -> Measured:
+    plans = random_plans(pools_of(unit, most), keep, count)
+    found = Measured(plans, [loss_of(plan) for plan in plans], [], Fits(unit), Judge(unit, case.held_out))
+    start = time.perf_counter()
+    for plan, predicted in zip(plans, found.predicted, strict=True):
+        found.measured.append(found.judge.lost(found.fits.of(plan)))
+        print(f"{predicted:.5g} {found.measured[-1]:.5g} {time.perf_counter() - start:.0f} s", flush=True)
+    return found
+
+
 def spearman_of(
     case: Case, keep: float, cache: Path | None, most: int | None = None, count: int = 30, *, anchors: bool = True
 ) -> None:
@@ -112,12 +134,8 @@ def spearman_of(
     """
     known = known_statistics(case, cache)
     unit = proposed(case, known, anchors=anchors)
-    fits, judge = Fits(unit), Judge(unit, case.held_out)
-    plans = random_plans(pools_of(unit, most), keep, count)
-    predicted, measured, start = [loss_of(plan) for plan in plans], [], time.perf_counter()
-    for plan in plans:
-        measured.append(judge.lost(fits.of(plan)))
-        print(f"{predicted[len(measured) - 1]:.5g} {measured[-1]:.5g} {time.perf_counter() - start:.0f} s", flush=True)
+    found = measured_plans(case, unit, keep, most, count)
+    plans, predicted, measured, fits, judge = found.plans, found.predicted, found.measured, found.fits, found.judge
     head = {"experiment": "spearman", "net": case.name}
     where = f"{count} plans at params={keep}"
     add_row({**head, "case": where, **compared(predicted, measured), "pass mark": ">= 0.9"})

@@ -1,4 +1,6 @@
-"""regret: the planner's choice against the best of all plans of a net that is small enough to try them all."""
+"""regret and draws: the planner's choice against the best of all plans of a net that is small enough to try them
+all.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,54 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from planning_common import Case, Chain, Fits, Judge, add_row, coarse_loss, figure, known_statistics, proposed
-from planning_orders import compared
+from planning_common import (
+    Case,
+    Chain,
+    Fits,
+    Judge,
+    add_row,
+    coarse_loss,
+    figure,
+    known_statistics,
+    proposed,
+    statistics_of,
+)
+from planning_orders import compared, measured_plans
 from torch import Tensor, nn
 
+import tdc
 from tdc.frontends.program import Change
 from tdc.ir import Candidate
 from tdc.passes.base import Unit
 from tdc.passes.choose_plan import ChoosePlan
 from tdc.passes.pipeline import Pipeline
 
-__all__ = ["regret"]
+__all__ = ["draws", "regret"]
+
+
+KEEPS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 def regret(case: Case, cache: Path | None) -> None:
     """All 6^5 plans of a chain of five sites measured, and the planner's choices from the same candidates."""
-    known = known_statistics(case, cache)
+    for row in regrets(case, known_statistics(case, cache)):
+        add_row({"experiment": "regret", "net": case.name, **row})
+
+
+def draws(case: Case, count: int = 10) -> None:
+    """The rank correlation and the regrets again, with other random projections in the statistics."""
+    for seed in range(count):
+        known = statistics_of(case, seed)
+        unit = proposed(case, known)
+        found = measured_plans(case, unit, 0.5)
+        own = [row["regret"] for row in regrets(case, known)[1:]]
+        said = ", ".join(f"{value} at {keep}" for keep, value in zip(KEEPS, own, strict=True))
+        row = {"experiment": "draws", "net": case.name, "case": f"seed {seed}, {len(found.plans)} plans at params=0.5"}
+        add_row({**row, **compared(found.predicted, found.measured), "regret": max(own, key=float), "note": said})
+
+
+def regrets(case: Case, known: tdc.Statistics) -> list[dict[str, str]]:
+    """A row of all plans, and one for each budget."""
     unit = proposed(case, known)
     rows = [six_of(unit.candidates[site.order]) for site in unit.sites]
     assert [len(row) for row in rows] == [6] * 5
@@ -40,17 +74,16 @@ def regret(case: Case, cache: Path | None) -> None:
     others = {"singles": total(singles(lost.mean(-1)))}
     before = coarse_loss(known, unit)
     others["coarse"] = total([[before(c) for c in row] for row in rows])
-    head = {"experiment": "regret", "net": case.name}
     pair = predicted.flatten()[:-1], lost.mean(-1).flatten()[:-1]
-    add_row({**head, "case": "all plans", **compared(*pair), "pass mark": ">= 0.9"})
-    for keep in (0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
+    found = [{"case": "all plans", **compared(*pair), "pass mark": ">= 0.9"}]
+    for keep in KEEPS:
         near = abs(params / params.flat[-1] - keep) <= 0.01
         order = compared(predicted[near], lost.mean(-1)[near]) if near.sum() > 2 else {}
         if order:
             of_sum = compared(others["singles"][near], lost.mean(-1)[near])["spearman"]
             order["note"] = f"spearman of the single sites' measured losses, summed: {of_sum}"
-        case_of = {**head, "case": f"params={keep}"}
-        add_row({**case_of, **order, **at_budget(unit, rows, lost, params, others, keep)})
+        found.append({"case": f"params={keep}", **order, **at_budget(unit, rows, lost, params, others, keep)})
+    return found
 
 
 def six_of(row: Sequence[Candidate]) -> list[Candidate]:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 NAME = "tensor-decomposition-compiler"
 IMPORT_NAMES = {"protobuf": "google", "pillow": "PIL"}
-TEST_COMMAND = 'pip install -e ".[test]" && pytest'
+TEST_COMMAND = 'pip install -e ".[test]" && pytest -n 2 --dist loadfile'
 
 
 def folder_files(root: Path) -> set[str]:
