@@ -60,18 +60,17 @@ class Calibrate(Pass):
     """Runs the dense model on the calibration batches, unless the unit has statistics or needs none.
 
     For each site: ``S = E[x x^T]`` and ``E[x]`` of its input (of a convolution, of the patches under its window), and
-    where the door can run backwards ``G = E[g g^T]`` of the gradients of its output (see
-    :class:`tdc.statistics.Probe`) and S and the mean with each row at its importance, ``||g||^2``
-    (:meth:`tdc.statistics.Gradients.importance`), in one run over all batches. Then the sensitivity, by forward runs
-    only. The site's weight alone is replaced by its low-rank optimum of relative squared error e near PROBE_ERRORS in the
-    metric, and ``sensitivity = divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the
-    probe batches: the given ones, or the first eight examples of the first calibration batch. One error is not enough:
-    the last direction of a classifier moves all logits together, which changes nothing, and the others everything; and
-    what goes at the small errors of most layers of a good plan is what the output hardly looks at: there the
-    sensitivity is up to a hundred times lower than at 0.03. Where it changes most from one probe to the next, there
-    are up to three more. Of more than 64 sites 24 are probed at all errors, and the
-    others at 0.03. Uniform weights are worse than no allocation. Of hidden units that a site reads so many are left out
-    that its error is near 3e-3 and 0.03 (:func:`probed_hidden`).
+    where the door can run backwards ``G = E[g g^T]`` of the gradients of its output (see :class:`tdc.statistics.Probe`)
+    and S and the mean with each row at its importance, ``||g||^2`` (:meth:`tdc.statistics.Gradients.importance`), in
+    one run over all batches. Then the sensitivity, by forward runs only. The site's weight alone is replaced by its
+    low-rank optimum of relative squared error e near PROBE_ERRORS in the metric, and ``sensitivity =
+    divergence(outputs) / e`` (see :func:`tdc.statistics.divergence`) on the probe batches: the given ones, or the first
+    eight examples of the first calibration batch. One error is not enough: the last direction of a classifier moves all
+    logits together, which changes nothing, and the others everything; and what goes at the small errors of most layers
+    of a good plan is what the output hardly looks at: there the sensitivity is up to a hundred times lower than at
+    0.03. Where it changes most from one probe to the next, there are up to three more. Of more than 64 sites 24 are
+    probed at all errors, and the others at 0.03. Uniform weights are worse than no allocation. Of hidden units that a
+    site reads so many are left out that its error is near 3e-3 and 0.03 (:func:`probed_hidden`).
     """
 
     name = "calibrate"
