@@ -88,7 +88,7 @@ class Vgg11:
 
 
 class MiniLM:
-    heal = tdc.Heal(epochs=12, examples=16)
+    heal = tdc.Heal(epochs=6, examples=16)
 
     def __init__(self, draw: int = 0) -> None:
         from tdc.demo import Encoder, load_minilm, sentences
