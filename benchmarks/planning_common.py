@@ -148,8 +148,9 @@ def known_statistics(case: Case, cache: Path | None) -> tdc.Statistics:
 
 
 def statistics_of(case: Case, seed: int = 0) -> tdc.Statistics:
-    options = {"probe": case.probe, "exclude": case.exclude, "seed": seed}
-    return tdc.calibrate(case.model, case.calibration, progress=False, **options)
+    return tdc.calibrate(
+        case.model, case.calibration, probe=case.probe, exclude=case.exclude, seed=seed, progress=False
+    )
 
 
 def proposed(case: Case, statistics: tdc.Statistics, metric: str = "auto", *, anchors: bool = False) -> Unit:

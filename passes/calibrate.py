@@ -40,8 +40,8 @@ PROBE_ERRORS = (3e-5, 3e-4, 3e-3, SMALL_ERROR, 0.3)
 """Relative squared errors given to one site at a time."""
 _STEEP = 2.0
 """How much the sensitivity changes between two probes at which one more is made between them."""
-_BETWEEN = 3
-"""How many more a site gets at most."""
+_MOST = 8
+"""How many probes a site gets at most."""
 HIDDEN_ERRORS = (3e-3, SMALL_ERROR)
 """The same for leaving out hidden units."""
 _HIDDEN_STEPS = 64
@@ -68,7 +68,7 @@ class Calibrate(Pass):
     eight examples of the first calibration batch. One error is not enough: the last direction of a classifier moves all
     logits together, which changes nothing, and the others everything; and what goes at the small errors of most layers
     of a good plan is what the output hardly looks at: there the sensitivity is up to a hundred times lower than at
-    0.03. Where it changes most from one probe to the next, there are up to three more. Of more than 64 sites 24 are
+    0.03. Where it changes most from one probe to the next there are more, eight at most. Of more than 64 sites 24 are
     probed at all errors, and the others at 0.03. Uniform weights are worse than no allocation. Of hidden units that a
     site reads so many are left out that its error is near 3e-3 and 0.03 (:func:`probed_hidden`).
     """
@@ -335,15 +335,14 @@ def _probed(unit: Unit, gathered: Statistics, probing: Probing) -> list[tuple[tu
             for rank in ranks:
                 moved, error = best.approximation(rank).reshape(double.shape), float(best.tail[rank])
                 own[rank] = error, probing.sensitivity(site, double, moved, metric, error)
-            between = _between(own, best.tail)
-            ranks = [between] if step == 1 and between and len(own) < len(PROBE_ERRORS) + _BETWEEN else []
+            ranks = _between(own, best.tail) if step == 1 and len(own) < _MOST else []
         found.append(tuple(own[rank] for rank in sorted(own, reverse=True)))
     return found if step == 1 else _completed(gathered.sites, found, step)
 
 
-def _between(own: Mapping[int, tuple[float, float]], tail: Tensor) -> int:
+def _between(own: Mapping[int, tuple[float, float]], tail: Tensor) -> list[int]:
     """The rank between those two that follow each other, of all with a rank between them, whose sensitivities differ
-    most, at about their geometric mean error; 0 if none differ by more than ``_STEEP``.
+    most, at about their geometric mean error; none if no two differ by more than ``_STEEP``.
     """
     pairs = [
         (abs(math.log(max(own[a][1], 1e-30) / max(own[b][1], 1e-30))), a, b)
@@ -352,9 +351,9 @@ def _between(own: Mapping[int, tuple[float, float]], tail: Tensor) -> int:
     ]
     steep, low, high = max(pairs, default=(0.0, 0, 0))
     if steep <= math.log(_STEEP):
-        return 0
+        return []
     middle = math.sqrt(own[low][0] * own[high][0])
-    return min(range(low + 1, high), key=lambda rank: abs(math.log(float(tail[rank]) / middle)))
+    return [min(range(low + 1, high), key=lambda rank: abs(math.log(float(tail[rank]) / middle)))]
 
 
 def _completed(

@@ -88,8 +88,8 @@ def calibrate(
         batches: an iterable of example inputs (tensors, tuples, dicts of keywords), a DataLoader; for ONNX anything
             with ``get_next()`` or an iterable of ``{input name: array}``. Use data like the data of use, not the test
             data.
-        probe: batches for the sensitivities; default the first eight examples of the first batch. Time: five to eight
-            forward runs per site and probe batch, one per site of more than 64.
+        probe: batches for the sensitivities; default the first eight examples of the first batch. Time: up to eight
+            forward runs per site and probe batch, one for most of more than 64 sites.
         metric: ``auto`` or ``fisher``: with output gradients, of random projections (see
             :class:`tdc.statistics.Probe`); ``input``: without, in half of the time.
         exclude: names or shell patterns of sites to leave out.

@@ -59,8 +59,9 @@ def test_of_many_sites_some_are_probed_at_all_errors(monkeypatch: pytest.MonkeyP
         ]
         ordered = sorted(ratios)
         assert 0.8 < ordered[sites // 2] < 1.25
-        assert ordered[sites // 10] > 0.4
-        assert ordered[-sites // 10] < 2.5
+        spread = 2.5 if error < 1e-4 else 2
+        assert ordered[sites // 10] > 1 / spread
+        assert ordered[-sites // 10] < spread
     exact = [k for k, e in enumerate(few.sites) if {*e.probes} <= {*all_of_them.sites[k].probes}]
     assert exact == list(range(0, sites, 3))
 
@@ -77,7 +78,7 @@ def test_where_the_sensitivity_is_steep_there_are_more_probes() -> None:
         nn.Sequential(first, last), [torch.randn(400, 24, generator=generator)], progress=False, metric="input"
     )
     probes = known.sites[0].probes
-    assert len(module.PROBE_ERRORS) < len(probes) <= len(module.PROBE_ERRORS) + module._BETWEEN
+    assert len(module.PROBE_ERRORS) < len(probes) <= module._MOST
     assert [error for error, _ in probes] == sorted({error for error, _ in probes})
     steps = [max(a, b) / min(a, b) for (_, a), (_, b) in itertools.pairwise(probes)]
     assert max(steps) > module._STEEP  # the ranks at the edge follow each other
