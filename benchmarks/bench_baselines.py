@@ -27,7 +27,7 @@ from torch import Tensor
 import tdc
 from tdc.frontends.nn import NnProgram
 from tdc.ir import OpKind, Site
-from tdc.statistics import divergence, logits_among
+from tdc.statistics import divergence, logits_among, without_padding
 
 BUDGETS = {
     "vgg11": ("params=0.2", "params=0.1", "params=0.05", "macs=0.5", "macs=0.25"),
@@ -105,11 +105,12 @@ def _loss(case: Any, program: NnProgram, layers: list[Layer], examples: int) -> 
 
     (batch,) = program.batches([head(case.probe[0], examples)])
     reference = program.outputs(batch, {})
-    logits = logits_among(reference)
+    logits, real = logits_among(reference), program.unpadded(batch)
 
     def loss(weights: Mapping[str, Tensor]) -> float:
         with with_weights(case.model, layers, weights):
-            return divergence(reference, program.outputs(batch, {}), logits)
+            pair = (without_padding(outputs, real) for outputs in (reference, program.outputs(batch, {})))
+            return divergence(*pair, logits)
 
     return loss
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tdc
 from tdc.frontends.nn import NnProgram
-from tdc.statistics import divergence, logits_among
+from tdc.statistics import divergence, logits_among, without_padding
 
 __all__ = ["images", "sentences"]
 
@@ -33,8 +33,9 @@ class Held:
         old, new = (NnProgram(model, self.batches[0]) for model in (self.model, small))
         changes = []
         for batch in old.batches(self.batches):
-            reference = old.outputs(batch, {})
-            changes.append(divergence(reference, new.outputs(batch, {}), logits_among(reference)))
+            reference, real = old.outputs(batch, {}), old.unpadded(batch)
+            pair = (without_padding(outputs, real) for outputs in (reference, new.outputs(batch, {})))
+            changes.append(divergence(*pair, logits_among(reference)))
         return sum(changes) / len(changes)
 
 

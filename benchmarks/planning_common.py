@@ -203,11 +203,11 @@ class Judge:
         lengths = [len(part) if isinstance(data, Tensor) else 1 for part in parts]
         self.unit, self.shares = unit, [length / sum(lengths) for length in lengths]
         self.batches = list(unit.program.batches(parts))
-        self.references = [unit.program.outputs(batch, {}) for batch in self.batches]
-        self.logits = logits_among(self.references[0])
+        self.references = [unit.outputs(batch) for batch in self.batches]
+        self.logits = logits_among(unit.program.outputs(self.batches[0], {}))
 
     def lost(self, changes: Mapping[int, Change]) -> float:
-        moved = [self.unit.program.outputs(batch, changes) for batch in self.batches]
+        moved = [self.unit.outputs(batch, changes) for batch in self.batches]
         each = [divergence(old, new, self.logits) for old, new in zip(self.references, moved, strict=True)]
         return sum(share * value for share, value in zip(self.shares, each, strict=True))
 

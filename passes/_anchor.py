@@ -12,6 +12,7 @@ from tdc.frontends.program import Change
 from tdc.ir import Candidate, Metric, Site
 from tdc.memory import give_back
 from tdc.statistics import SiteStatistics
+from tdc.statistics.patches import unpadded_rows
 
 from ._pair import Pair
 from .base import Unit
@@ -123,14 +124,23 @@ class Anchored:
 
     def _moments(self, site: Site, activations: Sequence[Tensor], beside: Sequence[Tensor | None]) -> Pair:
         """Worked out once for linear sites that read the same activations one after the other."""
-        by_batch = self.unit.importance if metric_name(self.unit) == "fisher" else ()
-        importance = [weights.get(site.order) for weights in by_batch[: len(activations) // 2]]
+        importance = self._importance(site, activations[: len(activations) // 2])
         if site.kind.is_conv or any(tensor is not None for tensor in beside):
             return Pair.of(site, activations, importance, beside)
         state = [(id(a), a._version) for a in activations]
         if self._last is None or self._last[0] != state:
             self._last = (state, tuple(activations), Pair.of(site, activations, importance))
         return self._last[2]
+
+    def _importance(self, site: Site, dense: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of the rows of each batch; where that is not known, 0 for padding and 1 for others."""
+        fisher = metric_name(self.unit) == "fisher"
+        found: list[Tensor | None] = []
+        for k, (batch, activation) in enumerate(zip(self.unit.anchors, dense, strict=False)):
+            known = self.unit.importance[k].get(site.order) if fisher and k < len(self.unit.importance) else None
+            real = unpadded_rows(site, activation, self.unit.program.unpadded(batch)) if known is None else None
+            found.append(known if real is None else real.float())
+        return found
 
 
 def _shift(weight: Tensor, rebuilt: Tensor, moments: Pair | None, mean: Tensor) -> Tensor:

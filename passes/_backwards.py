@@ -12,7 +12,15 @@ from torch import Tensor
 from tdc.frontends.program import Tap, fingerprint, is_usable, size_of
 from tdc.ir import Site
 from tdc.progress import track
-from tdc.statistics import Gradients, Importance, Moments, Probe, SiteStatistics, logits_among
+from tdc.statistics import (
+    Gradients,
+    Importance,
+    Moments,
+    Probe,
+    SiteStatistics,
+    logits_among,
+    without_padding,
+)
 
 from .base import Unit
 from .propose_layouts import metric_name
@@ -62,7 +70,12 @@ class Backwards:
             assert read is not None
             read(site, activation)
 
-        loss = Probe(self.logits, self.unit.options.seed + self.count)
+        unpadded = self.gradients.unpadded = self.unit.program.unpadded(batch)
+        probe = Probe(self.logits, self.unit.options.seed + self.count)
+
+        def loss(outputs: Mapping[str, Tensor]) -> Tensor:
+            return probe(without_padding(outputs, unpadded))
+
         self.failed = self.unit.program.gradients(
             batch, self.unit.sites, loss, self.gradients.tap, None if read is None else note
         )

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tdc.frontends.program import Program
+from tdc.frontends.program import Change, Program
 from tdc.ir import Block, Candidate, Plan, Remark, Site
 from tdc.options import Options
-from tdc.statistics import Statistics
+from tdc.statistics import Statistics, without_padding
 from tdc.targets import Target
 
 __all__ = ["Members", "Pass", "SiteErrors", "Unit"]
@@ -75,6 +75,10 @@ class Unit:
     def having(self, **changes: Any) -> Unit:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def outputs(self, batch: Any, changes: Mapping[int, Change] | None = None) -> dict[str, Tensor]:
+        """Of the program, as they are compared: without those at padding."""
+        return without_padding(self.program.outputs(batch, changes or {}), self.program.unpadded(batch))
 
     def remarking(self, *remarks: Remark) -> Unit:
         """A copy with more remarks, none twice."""

@@ -121,6 +121,9 @@ def _gather(unit: Unit, anchors: Anchors) -> Statistics:
     groups = sorted({collector.group[site.order] for site in seen})
     sums = [collector.moments[group] for group in groups]
     place = {site.order: groups.index(collector.group[site.order]) for site in seen}
+    if collector.padding:
+        reason = f"{collector.padding} positions are padding (attention_mask is 0): they count nowhere"
+        remarks.append(Remark("", "calibrate", reason))
     remarks += _doubts(seen, sums, place)
     remarks += _too_few(unit, seen, {site.order: sums[place[site.order]] for site in seen})
     if backwards.failed:
@@ -193,6 +196,7 @@ def _observe(unit: Unit, anchors: Anchors) -> tuple[Collector, Any, int, Backwar
     batches = unit.program.batches(unit.calibration)
     for batch in track(batches, "calibrating", total=length, show=unit.options.progress):
         usable = is_usable(batch)
+        collector.begin_batch(unit.program.unpadded(batch))
         first = batch if first is None and usable else first
         if not (usable and backwards.add(batch, collector.tap)):
             unit.program.observe(batch, unit.sites, collector.tap)
@@ -271,7 +275,7 @@ class Probing:
 
     @classmethod
     def of(cls, unit: Unit, batches: Sequence[Any], logits: str | None) -> Probing:
-        return cls(unit, batches, [unit.program.outputs(batch, {}) for batch in batches], logits)
+        return cls(unit, batches, [unit.outputs(batch) for batch in batches], logits)
 
     def sensitivity(self, site: Site, weight: Tensor, moved: Tensor, metric: Metric, error: float) -> float:
         """The mean divergence of the outputs with another weight (both float64) in one site, over its relative squared
@@ -279,7 +283,7 @@ class Probing:
         """
         new = Change(moved.to(getattr(torch, site.dtype)), bias_shift(weight - moved, metric))
         changes = [
-            divergence(reference, self.unit.program.outputs(batch, {site.order: new}), self.logits)
+            divergence(reference, self.unit.outputs(batch, {site.order: new}), self.logits)
             for batch, reference in zip(self.batches, self.references, strict=True)
         ]
         change = sum(changes) / len(changes)

@@ -91,13 +91,13 @@ def _own_goal(unit: Unit, budget: Budget) -> Goal:
     if not batches:
         raise OptionError("a budget of loss= is measured: give calibration=, or probe= batches beside statistics=")
     batches = batches[:: -(-len(batches) // _BATCHES)]
-    references = [unit.program.outputs(batch, {}) for batch in batches]
-    logits = logits_among(references[0])
+    references = [unit.outputs(batch) for batch in batches]
+    logits = logits_among(unit.program.outputs(batches[0], {}))
 
     def lost(fitted: Unit) -> float:
         changes = _changes(fitted)
         pairs = zip(batches, references, strict=True)
-        return sum(divergence(old, unit.program.outputs(b, changes), logits) for b, old in pairs) / len(batches)
+        return sum(divergence(old, unit.outputs(b, changes), logits) for b, old in pairs) / len(batches)
 
     data = "probe" if unit.probe is not None else "calibration"
     return Goal(lost, budget.loss, f"of the outputs on {len(batches)} {data} batch(es)")

@@ -87,7 +87,7 @@ def calibrate(
         model: a module, or the path of an ONNX file.
         batches: an iterable of example inputs (tensors, tuples, dicts of keywords), a DataLoader; for ONNX anything
             with ``get_next()`` or an iterable of ``{input name: array}``. Use data like the data of use, not the test
-            data.
+            data. Where an input ``attention_mask`` (examples, positions) is 0, there is padding: it counts nowhere.
         probe: batches for the sensitivities; default the first eight examples of the first batch. Time: up to eight
             forward runs per site and probe batch, one for most of more than 64 sites.
         metric: ``auto`` or ``fisher``: with output gradients, of random projections (see

@@ -18,11 +18,11 @@ from .errors import CalibrationError, ModelError, OptionError
 from .files import atomic_write, checked_destination
 from .frontends.graph import floating_outputs
 from .frontends.nn import Factored
-from .frontends.nn.batches import Call, as_calls
+from .frontends.nn.batches import Call, as_calls, named
 from .frontends.nn.running import evaluation
-from .frontends.program import head, is_usable
+from .frontends.program import head, is_usable, unpadded_of
 from .progress import counted
-from .statistics import divergence_of, logits_among
+from .statistics import divergence_of, logits_among, without_padding
 
 __all__ = ["Heal", "heal"]
 
@@ -90,7 +90,7 @@ def heal(
     weights that fall off exponentially over half an epoch: fits are so near to an optimum that single steps scatter
     around it by more than there is to gain. What was best on the held-out part is kept; where nothing beats the start,
     ``small`` stays as it was. The report of ``small`` gets a remark with both figures. Data as for
-    :func:`tdc.calibrate`; at least two steps of it.
+    :func:`tdc.calibrate`, without padding; at least two steps of it.
 
     Returns:
         ``small``.
@@ -278,7 +278,8 @@ class _Work:
             raise ModelError(
                 "the two models do not give the same outputs: is the dense model that of the compressed one?"
             )
-        return divergence_of(wanted, given, self.logits)
+        unpadded = unpadded_of(named(self.model, call))
+        return divergence_of(without_padding(wanted, unpadded), without_padding(given, unpadded), self.logits)
 
     def _outputs(self, model: nn.Module, call: Call) -> dict[str, Tensor]:
         args, kwargs = call

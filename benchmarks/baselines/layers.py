@@ -40,20 +40,23 @@ class Layer:
 
 
 def layers_of(program: NnProgram, batches: Sequence[Any], sites: Sequence[Site]) -> list[Layer]:
-    """The sites without groups, with their moments over the batches."""
+    """The sites without groups, with their moments over the batches, without padding."""
     chosen = [site for site in sites if site.matrix[0] == 1]
     grams: dict[int, Tensor] = {}
     sizes: dict[int, Tensor] = {}
     rows: dict[int, int] = {}
 
+    real: Tensor | None = None
+
     def tap(site: Site, activation: Tensor) -> None:
-        for chunk, _ in input_rows(site, activation, rows.get(site.order, 0)):
+        for chunk, _ in input_rows(site, activation, rows.get(site.order, 0), real):
             x = chunk[:, 0].double()
             grams[site.order] = grams.get(site.order, 0) + x.T @ x
             sizes[site.order] = sizes.get(site.order, 0) + x.abs().sum(0)
             rows[site.order] = rows.get(site.order, 0) + len(x)
 
     for batch in program.batches(list(batches)):
+        real = program.unpadded(batch)
         program.observe(batch, chosen, tap)
     return [
         Layer(

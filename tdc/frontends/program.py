@@ -28,6 +28,7 @@ __all__ = [
     "passed_over_weight",
     "size_of",
     "sketch",
+    "unpadded_of",
 ]
 
 Tap = Callable[[Site, Tensor], None]
@@ -113,6 +114,9 @@ class Program(Protocol):
 
         Raises CalibrationError for data of a wrong type.
         """
+
+    def unpadded(self, batch: Any) -> Tensor | None:
+        """Which positions (examples, positions) of a batch are not padding (:func:`unpadded_of`)."""
 
     def observe(self, batch: Any, sites: Iterable[Site], tap: Tap) -> None:
         """Run the dense model on one batch and hand every use's input activation to ``tap``.
@@ -233,6 +237,21 @@ def is_usable(batch: Any) -> bool:
     if isinstance(batch, Tensor):
         return batch.numel() > 0 and bool(torch.isfinite(batch).all())
     return True
+
+
+def unpadded_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which positions are not padding, bool (examples, positions), by the input ``attention_mask`` where it has these
+    axes and is 0 there and 1 elsewhere; None where there is no such input, or no padding, or nothing else, and for
+    models with a decoder, whose positions are others.
+    """
+    mask = None if any(name.startswith("decoder_") for name in inputs) else inputs.get("attention_mask")
+    if isinstance(mask, np.ndarray):
+        mask = torch.from_numpy(mask)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    mask = mask.detach().cpu()
+    real = mask == 1
+    return real if bool((real | (mask == 0)).all()) and 0 < int(real.sum()) < real.numel() else None
 
 
 def size_of(batch: Any) -> int:

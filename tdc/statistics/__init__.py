@@ -1,6 +1,6 @@
 """What calibration gathers: second moments of inputs, and how much each site's error moves the model's output."""
 
-from .divergence import Probe, divergence, divergence_of, logits_among
+from .divergence import Probe, divergence, divergence_of, logits_among, without_padding
 from .moments import WIDEST, Collector, Gradients, Moments
 from .store import Importance, SiteStatistics, Statistics, damped, shrunk
 
@@ -18,4 +18,5 @@ __all__ = [
     "divergence_of",
     "logits_among",
     "shrunk",
+    "without_padding",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 
-__all__ = ["Probe", "divergence", "divergence_of", "logits_among"]
+__all__ = ["Probe", "divergence", "divergence_of", "logits_among", "without_padding"]
 
 LOGITS = "logits"
 _CONFIDENT = 0.5
@@ -31,6 +31,18 @@ def logits_among(outputs: Mapping[str, Tensor]) -> str | None:
         return None
     highest = torch.softmax(values.detach().float(), -1).amax(-1).mean()
     return name if float(highest) >= _CONFIDENT else None
+
+
+def without_padding(outputs: Mapping[str, Tensor], unpadded: Tensor | None) -> dict[str, Tensor]:
+    """Of outputs (examples, positions, ...) of at least three axes those at the positions that are not padding, by
+    ``unpadded`` (examples, positions), in one axis; others, and all of them where it is None, as they are.
+    """
+    if unpadded is None:
+        return dict(outputs)
+    return {
+        name: v[unpadded.to(v.device)] if v.ndim >= 3 and v.shape[:2] == unpadded.shape else v
+        for name, v in outputs.items()
+    }
 
 
 def divergence(reference: Mapping[str, Tensor], moved: Mapping[str, Tensor], logits: str | None = LOGITS) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ir import Site
-from .patches import input_rows, output_rows, window_lengths
+from .patches import input_rows, output_rows, unpadded_rows, window_lengths
 
 __all__ = ["WIDEST", "Collector", "Gradients", "Moments", "gram", "summing"]
 
@@ -164,11 +165,15 @@ class Collector:
     Memory: three (g, n, n) matrices per distinct activation, of all batches (float64 up to n = 512, float32 above), of
     every second one and of the one that runs (float32); those that a layer reads in a loop, and that are gone, share
     one. ``importance(site)``: of the rows that the site reads in this
-    batch, in their order, or None; two more then.
+    batch, in their order, or None; two more then. ``unpadded`` (examples, positions): what is not padding in this
+    batch; the other rows of linear sites are left out.
     """
 
     weight: Callable[[Site], Tensor] | None = None
     importance: Callable[[Site], Tensor | None] = lambda site: None
+    unpadded: Tensor | None = None
+    padding: int = 0
+    """Positions of all batches that are padding."""
     moments: list[Moments] = field(default_factory=list)
     group: dict[int, int] = field(default_factory=dict)
     """``site.order`` -> place in ``moments``."""
@@ -179,6 +184,11 @@ class Collector:
     _batch: dict[int, Moments] = field(default_factory=dict)
     _known: dict[int, tuple[weakref.ref[Tensor], int, object]] = field(default_factory=dict)
     _reads: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def begin_batch(self, unpadded: Tensor | None) -> None:
+        """To be called before a batch with padding, with what is none."""
+        self.unpadded = unpadded
+        self.padding += 0 if unpadded is None else int((~unpadded).sum())
 
     def tap(self, site: Site, activation: Tensor) -> None:
         """Take in one use's activation: (..., i), or (examples, channels, window axes...)."""
@@ -217,14 +227,13 @@ class Collector:
         sums = Moments.zeros(groups, width, weight, exact)
         self._count += 1
         importance = self.importance(site)
-        for rows, places in input_rows(site, activation, self._count):
+        for rows, places in input_rows(site, activation, self._count, self.unpadded):
             sums.add(rows, None if importance is None else importance[places])
         lengths = window_lengths(site, activation)
-        positions = 1
-        for _, _, count in lengths:
-            positions *= count
+        positions = math.prod(count for _, _, count in lengths)
         batched = activation.ndim == len(lengths) + 2
-        sums.seen = positions * (activation.shape[0] if batched else 1) if lengths else sums.rows + sums.dropped
+        examples = activation.shape[0] if batched else 1
+        sums.seen = positions * examples if lengths else activation.shape[:-1].numel()
         return sums
 
     def _join_gone(self) -> None:
@@ -251,7 +260,7 @@ class Collector:
                     if self._ended % 2:
                         self.moments[together[old, reads]].merge_half(self._batch[place])
             self.group[key] = together[old, reads]
-        self._batch, self._known, self._reads = {}, {}, {}
+        self._batch, self._known, self._reads, self.unpadded = {}, {}, {}, None
         self._ended += 1
 
     def _own(self, old: int, claimed: set[int], like: Moments) -> int:
@@ -270,36 +279,43 @@ class Gradients:
 
     A row's gradient is clipped to ten times the mean norm of its batch, since few tokens have by far the largest ones.
     Nothing is kept of sites of more than ``WIDEST`` outputs, and of none where not ``summed``. ``norms``: for each site
-    and use in this batch ``||g||^2`` by row.
+    and use in this batch ``||g||^2`` by row, NaN for padding (of linear sites, by ``unpadded``).
     """
 
     sums: dict[int, Moments] = field(default_factory=dict)
     """By ``site.order``."""
     norms: dict[int, list[Tensor]] = field(default_factory=dict)
     summed: bool = True
+    unpadded: Tensor | None = None
 
     def tap(self, site: Site, gradient: Tensor) -> None:
         """Take in one use's gradient: (..., o), or (examples, channels, window axes...)."""
         groups, outputs, _ = site.matrix
         rows = output_rows(site, gradient.detach())
         norm = rows.flatten(1).norm(dim=1)
+        real = unpadded_rows(site, gradient, self.unpadded)
+        if real is not None:
+            real = real.to(norm.device)
+            norm = norm.masked_fill(~real, torch.nan)
         self.norms.setdefault(site.order, []).append(norm.square().double().cpu())
         if outputs > WIDEST or not self.summed:
             return
+        if real is not None:
+            rows, norm = rows[real], norm[real]
         limit = _CLIP * norm[torch.isfinite(norm)].mean()
         rows = rows * (limit / norm.clamp(min=limit.clamp(min=torch.finfo(norm.dtype).tiny)))[:, None, None]
         self.sums.setdefault(site.order, Moments.zeros(groups, outputs)).add(rows)
 
     def importance(self, sites: Iterable[int]) -> Tensor | None:
         """How much an error at each row of this batch matters to the sites that read it: ``||g||^2`` over all of their
-        outputs, as a fraction of its mean, at most ten; and a tenth of one for all rows. None where it is not known,
-        or one of them is used several times.
+        outputs, as a fraction of its mean, at most ten; and a tenth of one for all rows but padding, which gets 0. None
+        where it is not known, or one of them is used several times.
         """
         found = [self.norms.get(order, []) for order in sites]
         if not found or any(len(norms) != 1 or norms[0].shape != found[0][0].shape for norms in found):
             return None
-        norm = torch.stack([norms[0] for norms in found]).sum(0).nan_to_num(posinf=0.0)
-        mean = norm.mean()
+        norm = torch.stack([norms[0] for norms in found]).sum(0).nan_to_num(nan=torch.nan, posinf=0.0)
+        mean = norm.nanmean()
         if not float(mean) > 0:
             return None
-        return (norm / mean).clamp(max=_CLIP) * (1 - _EVEN) + _EVEN
+        return ((norm / mean).clamp(max=_CLIP) * (1 - _EVEN) + _EVEN).nan_to_num(nan=0.0)

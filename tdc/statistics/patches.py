@@ -10,23 +10,29 @@ from torch.nn import functional
 
 from ..ir import Site, Window
 
-__all__ = ["input_rows", "output_rows", "window_lengths"]
+__all__ = ["input_rows", "output_rows", "unpadded_rows", "window_lengths"]
 
 _CHUNK = 1 << 24
 """Numbers in the patches that are gathered at a time: 64 MB of float32."""
 
 
-def input_rows(site: Site, activation: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def input_rows(
+    site: Site, activation: Tensor, seed: int, unpadded: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The inputs (rows, g, n) that the weight (g, o, n) of the site meets in this activation, in chunks, and the places
     of those rows among all that it meets.
 
-    Linear sites: all rows of (..., i). Convolutions: the patches under the window, zero padding included, in the order
-    in which ``weight.reshape(g, o, n)`` reads them; of more than ``max(4096, 4 n)`` positions in a batch that many are
-    drawn at random, the same ones for the same seed.
+    Linear sites: all rows of (..., i) but those of padding (:func:`unpadded_rows`). Convolutions: the patches under the
+    window, zero padding included, in the order in which ``weight.reshape(g, o, n)`` reads them; of more than
+    ``max(4096, 4 n)`` positions in a batch that many are drawn at random, the same ones for the same seed.
     """
     if not site.kind.is_conv:
         rows = activation.reshape(-1, 1, activation.shape[-1])
-        yield rows, torch.arange(len(rows))
+        real = unpadded_rows(site, activation, unpadded)
+        if real is None:
+            yield rows, torch.arange(len(rows))
+        else:
+            yield rows[real.to(rows.device)], real.nonzero().flatten()
         return
     groups, _, width = site.matrix
     batched = activation if activation.ndim == len(site.windows) + 2 else activation[None]
@@ -35,6 +41,16 @@ def input_rows(site: Site, activation: Tensor, seed: int) -> Iterator[tuple[Tens
     step = max(1, _CHUNK // max(1, groups * width))
     for part, chosen in zip(starts.split(step), places.split(step), strict=True):
         yield _patches(padded, part, site.windows).reshape(len(part), groups, width), chosen
+
+
+def unpadded_rows(site: Site, values: Tensor, unpadded: Tensor | None) -> Tensor | None:
+    """Which rows of what a linear site reads or gives, (examples, positions, n) or (examples * positions, n), are not
+    padding, by ``unpadded`` (examples, positions); None where that is not known, or all.
+    """
+    if unpadded is None or site.kind.is_conv:
+        return None
+    shape = values.shape[:-1]
+    return unpadded.flatten() if shape == unpadded.shape or shape == (unpadded.numel(),) else None
 
 
 def output_rows(site: Site, outputs: Tensor) -> Tensor:

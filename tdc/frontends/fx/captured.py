@@ -37,8 +37,8 @@ class Captured:
     """A graph of pre-dispatch ATen operators.
 
     ``names`` has the qualified names of every constant: a placeholder that the model holds (a weight, a buffer), or a
-    ``get_attr``. ``read`` turns a user's batch into the values of the other placeholders; ``label`` names what the
-    graph returns; ``context`` is entered around every run.
+    ``get_attr``. ``read`` turns a user's batch into the values of the other placeholders, which the model's code calls
+    ``arguments``; ``label`` names what the graph returns; ``context`` is entered around every run.
     """
 
     module: fx.GraphModule
@@ -46,6 +46,7 @@ class Captured:
     read: Callable[[Any], Values] = _flat
     label: Callable[[Any], Mapping[str, Tensor]] = floating_outputs
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    arguments: tuple[str, ...] = ()
 
     @cached_property
     def placeholders(self) -> tuple[fx.Node, ...]:

@@ -42,7 +42,8 @@ def open_exported(program: ExportedProgram) -> FxProgram:
         whole = pytree.tree_unflatten(list(entries), spec.out_spec) if spec.out_spec is not None else output
         return floating_outputs(whole)
 
-    captured = Captured(module, names, lambda batch: _flat_inputs(program, batch), label)
+    inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder") if node not in names)
+    captured = Captured(module, names, lambda batch: _flat_inputs(program, batch), label, arguments=inputs)
     given = program.example_inputs
     example = None if given is None else (0, tuple(pytree.tree_leaves(given)))
     return FxProgram([Bound(captured, tensors)], example)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -49,7 +50,8 @@ def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         if isinstance(held, Tensor):
             names[node] = (str(node.target),)
     sources = [node for node, is_held in zip(old, static, strict=True) if not is_held]
-    return Captured(module, names, _reader(sources), _labels(gm), _ambient())
+    arguments = tuple((re.findall(r"\w+", _source_text(node)) or [""])[-1] for node in sources)
+    return Captured(module, names, _reader(sources), _labels(gm), _ambient(), arguments)
 
 
 def _traced(run: Callable[..., Any], fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:

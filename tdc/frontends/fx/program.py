@@ -15,7 +15,7 @@ from ...ir import Block, Cost, Remark, Site, window_attributes
 from ..clock import seconds_of
 from ..graph import added_to, fold_norm, gain_before, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
-from ..program import Change, Loss, Replacement, Tap, sketch
+from ..program import Change, Loss, Replacement, Tap, sketch, unpadded_of
 from .captured import Bound, Override, Values, alongside, passes_on, undisturbed
 from .cost import graph_cost
 from .match import Use, Weight, canonical, match, plain, storage_key
@@ -175,6 +175,10 @@ class FxProgram:
             )
         for batch in calibration:
             yield batch if _is_record(batch) else (0, captured.read(batch))
+
+    def unpadded(self, batch: Batch) -> Tensor | None:
+        place, values = batch
+        return unpadded_of(dict(zip(self.bounds[place].captured.arguments, values, strict=False)))
 
     def observe(self, batch: Batch, sites: Iterable[Site], tap: Tap) -> None:
         place, values = batch

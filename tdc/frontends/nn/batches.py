@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CalibrationError
 
-__all__ = ["Call", "as_call", "as_calls"]
+__all__ = ["Call", "as_call", "as_calls", "named"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -53,6 +53,17 @@ def as_calls(model: nn.Module, calibration: Any, positional: int | None = None) 
         )
     for batch in calibration:
         yield as_call(model, batch, positional)
+
+
+def named(model: nn.Module, batch: Call) -> dict[str, Any]:
+    """The arguments by the names that ``forward`` gives them; those that it gives none are left out."""
+    args, kwargs = batch
+    names = [
+        name
+        for name, p in inspect.signature(model.forward).parameters.items()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _positional(model: nn.Module) -> int | None:

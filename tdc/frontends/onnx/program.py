@@ -17,7 +17,7 @@ from ...errors import CalibrationError, ModelError, PlanError, VerificationError
 from ...ir import Block, Cost, Remark, Site
 from ..clock import seconds_of
 from ..lockstep import Visit, in_step
-from ..program import Change, Loss, Replacement, Tap
+from ..program import Change, Loss, Replacement, Tap, unpadded_of
 from .calibration import Batch, read_batches
 from .cost import run_cost
 from .emit import Emitter, check_block
@@ -90,6 +90,9 @@ class OnnxProgram:
     def batches(self, calibration: Any) -> Iterator[Batch]:
         """Calibration data as ``{input name: array}``, checked against the graph's inputs."""
         return read_batches(calibration, self.model.graph.inputs)
+
+    def unpadded(self, batch: Batch) -> Tensor | None:
+        return unpadded_of(batch)
 
     def observe(self, batch: Batch, sites: Iterable[Site], tap: Tap) -> None:
         """Run the dense model and hand over what enters every use of the sites (of a product: input axis last)."""
