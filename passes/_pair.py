@@ -157,6 +157,8 @@ def _moments(site: Site, runs: Runs) -> Pair:
         apart = None if s is None or t is None else (output_rows(site, s), output_rows(site, t))
         known = apart is not None
         for (dense, places), (new, _) in zip(input_rows(site, x, seed), input_rows(site, z, seed), strict=True):
+            if weights is not None and not bool((counts := weights[places] > 0).all()):
+                dense, new, places = dense[counts.to(dense.device)], new[counts.to(new.device)], places[counts]
             exact = dense.dtype if dense.dtype == torch.float64 else torch.float32
             read = [dense, new] if apart is None else [dense, new, apart[0][places], apart[1][places]]
             rows = [v.to(exact).movedim(1, 0) for v in read]
