@@ -3,11 +3,11 @@
     python benchmarks/bench_models.py [vgg11] [minilm] [minilm-healed] [smollm2] [detector] [--budget ...]
 
 VGG11 at macs=0.25 and latency=0.34, 16 images, dense and compressed each eager or by Inductor, whichever is faster;
-MiniLM at latency=0.6, 8 x 64 tokens, eager, and the same healed; SmolLM2 at params=0.7, one token after another with a cache, eager,
-with TDC's kernels where they are faster; the text detector of PP-OCR at macs=0.5 in onnxruntime. Dense and compressed
-in turn, 25 repeats, ratios of dense over compressed times by minimum and median. Statistics, sensitivities and accuracy
-on three disjoint parts of the data: those of bench_accuracy.py and bench_ocr.py; of SmolLM2 less, four windows and 128
-tokens: its speed does not depend on them.
+MiniLM at latency=0.6, 8 x 64 tokens, eager, and the same healed; SmolLM2 at params=0.7, one token after another with a
+cache, eager, with TDC's kernels where they are faster; the text detector of PP-OCR at macs=0.5 in onnxruntime. Dense
+and compressed in turn, 25 repeats, ratios of dense over compressed times by minimum and median. Statistics,
+sensitivities and accuracy on three disjoint parts of the data: those of bench_accuracy.py and bench_ocr.py; of SmolLM2
+less, four windows and 128 tokens: its speed does not depend on them.
 Rows go to results/models.csv, in place of those of the same model, budget and threads.
 """
 
