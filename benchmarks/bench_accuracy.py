@@ -68,7 +68,7 @@ BUDGETS = {
 
 
 class Vgg11:
-    heal = tdc.Heal(epochs=4)
+    heal = tdc.Heal(epochs=6)
 
     def __init__(self, draw: int = 0) -> None:
         self.model: nn.Module = load_vgg11()
