@@ -58,12 +58,7 @@ def as_calls(model: nn.Module, calibration: Any, positional: int | None = None) 
 def named(model: nn.Module, batch: Call) -> dict[str, Any]:
     """The arguments by the names that ``forward`` gives them; those that it gives none are left out."""
     args, kwargs = batch
-    names = [
-        name
-        for name, p in inspect.signature(model.forward).parameters.items()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(_places(model) if args else (), args, strict=False)) | kwargs
 
 
 def _positional(model: nn.Module) -> int | None:
@@ -71,4 +66,10 @@ def _positional(model: nn.Module) -> int | None:
     parameters = inspect.signature(model.forward).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    return len(_places(model))
+
+
+def _places(model: nn.Module) -> list[str]:
+    """Names of the arguments that ``forward`` takes by their places."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
