@@ -21,6 +21,7 @@ from .frontends.nn import Factored
 from .frontends.nn.batches import Call, as_calls, named
 from .frontends.nn.running import evaluation
 from .frontends.program import head, is_usable, unpadded_of
+from .optimizer import RotatedAdam
 from .progress import counted
 from .statistics import divergence_of, logits_among, without_padding
 
@@ -30,11 +31,13 @@ _FORMAT = "tdc-heal"
 _WARM = 0.05
 _CLIP = 1.0
 _LEAST_GAIN = 1e-3
-_RATE, _RATE_BY_ROOT = 1e-3, 2e-3
+_RATE, _OF_ROOT = 1e-2, 0.015
+_NOISE, _PROBED = 3e-3, 8
+_WORSE, _LOWER = 1.02, 4
 _AVERAGED = 0.5
 """Of an epoch's steps, over how many the average of the parameters reaches back."""
 _OUTPUT_BYTES = 1 << 28
-_PLACE = ("done", "stale", "least", "last")
+_PLACE = ("done", "stale", "least", "last", "rate")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Heal:
 
     ``epochs``: at most, fewer where ``patience`` of them in a row bring nothing more on the held-out part. ``rate``:
     the first steps move the entries of a parameter by this fraction of its root mean square; by default
-    ``2e-3 sqrt(d)``, at most 1e-3, of the divergence d at the start, which grows with the square of such moves.
+    ``0.015 sqrt(d / S)``, at most 1e-2, of the divergence d at the start, which noise of a fraction e of each
+    parameter's root mean square raises by ``S e^2`` (measured on a few held-out steps). Where an
+    epoch makes it worse by over 2 % and none made it better, the work starts again with a quarter of it.
     ``examples``: in a step, larger batches are cut. ``held_out``: the fraction of the steps' data that nothing is
     learnt from. ``blends``: the fraction of the steps in which each example is a blend of two (mixup, Zhang et al.
     2018; with the dense model's outputs on the same blends, Beyer et al. 2022), where all inputs are floating point:
@@ -85,7 +90,8 @@ def heal(
     """Train the factors of ``small``, the biases beside them and the gains of normalisations, in place, so that its
     outputs come nearer to those of the dense ``model`` on ``batches``; no labels.
 
-    Minimised is the divergence of the outputs (see :func:`tdc.statistics.divergence`), by Adam with a cosine schedule.
+    Minimised is the divergence of the outputs (see :func:`tdc.statistics.divergence`), by Adam in the eigenbasis of
+    the gradients (:class:`tdc.optimizer.RotatedAdam`) with a cosine schedule.
     Judged after each epoch is the average of the parameters over the steps before (Polyak and Juditsky 1992), with
     weights that fall off exponentially over half an epoch: fits are so near to an optimum that single steps scatter
     around it by more than there is to gain. What was best on the held-out part is kept; where nothing beats the start,
@@ -173,14 +179,18 @@ class _Work:
     ) -> None:
         self.small, self.model, self.steps, self.apart, self.config = small, model, steps, apart, config
         self.parameters = _trainable(small)
-        sizes = [max(float(p.detach().square().mean().sqrt()), 1e-8) for p in self.parameters.values()]
-        groups = [{"params": [p], "size": size} for p, size in zip(self.parameters.values(), sizes, strict=True)]
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.sizes = [max(float(p.detach().square().mean().sqrt()), 1e-8) for p in self.parameters.values()]
+        self.optimizer = self._optimizer()
+        self.rate = config.rate or 0.0
         self.logits: str | None = None
         self._dense: dict[int, dict[str, Tensor]] = {}
         self.done, self.stale = 0, 0
         self.start, self.least, self.last = math.inf, math.inf, math.inf
         self.best, self.average = ({name: p.detach().clone() for name, p in self.parameters.items()} for _ in range(2))
+
+    def _optimizer(self) -> RotatedAdam:
+        sized = zip(self.parameters.values(), self.sizes, strict=True)
+        return RotatedAdam([{"params": [p], "size": size} for p, size in sized])
 
     @contextmanager
     def trained(self) -> Iterator[None]:
@@ -202,6 +212,7 @@ class _Work:
         self.logits = logits_among(self._outputs(self.model, self.steps[0]))
         self.start = self.least = self.last = self.validated()
         self._resume()
+        self.rate = self.rate or self._probed_rate()
         total = self.config.epochs * len(self.steps)
         with counted("healing", total, show=progress) as advance:
             for _ in range(self.done * len(self.steps)):
@@ -215,7 +226,6 @@ class _Work:
         return self.start, self.least, self.done
 
     def _epoch(self, total: int, advance: Callable[[], None]) -> None:
-        rate = self.config.rate or min(_RATE, _RATE_BY_ROOT * math.sqrt(max(self.start, 0.0)))
         generator = torch.Generator().manual_seed(self.config.seed * 1000 + self.done)
         order = torch.randperm(len(self.steps), generator=generator).tolist()
         for step, k in enumerate(order, self.done * len(self.steps)):
@@ -226,11 +236,26 @@ class _Work:
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["size"] * _cosine(step, total)
+                group["lr"] = self.rate * group["size"] * _cosine(step, total)
             self.optimizer.step()
             self._average(step)
             advance()
         self.done += 1
+
+    def _probed_rate(self) -> float:
+        """The default rate: noise and its opposite, of which the mean leaves the second order."""
+        probed = self.apart[:_PROBED]
+        start = self.validated(probed)
+        bent = 0.0
+        for sign in (1, -1):
+            generator = torch.Generator().manual_seed(self.config.seed)
+            with torch.no_grad():
+                for p, size in zip(self.parameters.values(), self.sizes, strict=True):
+                    p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=sign * _NOISE * size)
+            bent += self.validated(probed) / 2
+            self._put(self.best)
+        curvature = (bent - start) / _NOISE**2
+        return min(_RATE, _OF_ROOT * math.sqrt(max(start, 0.0) / curvature)) if curvature > 0 else _RATE
 
     def _draws_blend(self, generator: torch.Generator) -> bool:
         return float(torch.rand((), generator=generator)) < self.config.blends
@@ -252,6 +277,11 @@ class _Work:
         self.last = value
         if value < self.least:
             self.least, self.best = value, {name: tensor.clone() for name, tensor in self.average.items()}
+        elif self.least == self.start and value > _WORSE * self.start:
+            self.rate /= _LOWER
+            self.optimizer = self._optimizer()
+            self._put(self.best)
+            self.average = {name: tensor.clone() for name, tensor in self.best.items()}
         if self.config.checkpoint is not None:
             self._save(Path(self.config.checkpoint))
 
@@ -260,9 +290,11 @@ class _Work:
             for name, p in self.parameters.items():
                 p.copy_(values[name])
 
-    def validated(self) -> float:
+    def validated(self, calls: Sequence[Call] | None = None) -> float:
+        """The mean divergence of these steps, by default all that are held out."""
+        calls = calls or self.apart
         with torch.no_grad():
-            return sum(float(self._loss(call)) for call in self.apart) / len(self.apart)
+            return sum(float(self._loss(call)) for call in calls) / len(calls)
 
     def _loss(self, call: Call, kept: bool = True) -> Tensor:
         """``kept``: the outputs of the dense model stay for the next time, where those of all steps have room."""
@@ -303,8 +335,7 @@ class _Work:
         tensors |= {f"average/{name}": value for name, value in self.average.items()}
         for name, p in self.parameters.items():
             tensors[f"now/{name}"] = p.detach()
-            state = self.optimizer.state[p]
-            tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[p].items()}
         place = {key: getattr(self, key) for key in _PLACE}
         head_ = {"tdc": json.dumps({**self._identity, **place})}
         atomic_write(path, save({name: value.contiguous().cpu() for name, value in tensors.items()}, metadata=head_))
@@ -322,6 +353,7 @@ class _Work:
                     raise OptionError(f"the checkpoint {path} belongs to other work: remove it, or name another file")
                 for key in _PLACE:
                     setattr(self, key, found[key])
+                kept = set(file.keys())
                 with torch.no_grad():
                     for name, p in self.parameters.items():
                         p.copy_(file.get_tensor(f"now/{name}"))
@@ -329,7 +361,8 @@ class _Work:
                         self.average[name] = file.get_tensor(f"average/{name}").to(p.device)
                         self.optimizer.state[p] = {
                             key: file.get_tensor(f"{key}/{name}").to(p.device if key != "step" else "cpu")
-                            for key in ("exp_avg", "exp_avg_sq", "step")
+                            for key in self.optimizer.KEYS
+                            if f"{key}/{name}" in kept
                         }
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise OptionError(f"the checkpoint {path} cannot be read: {error}") from error

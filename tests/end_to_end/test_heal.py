@@ -141,9 +141,17 @@ def test_a_model_that_cannot_be_made_better_stays_as_it_was() -> None:
     dense = model()
     cut = small_of(dense)
     before = {name: value.clone() for name, value in cut.state_dict().items()}
-    tdc.heal(cut, dense, TRAIN.split(128), config=tdc.Heal(epochs=2, rate=0.9), progress=False)
+    tdc.heal(cut, dense, TRAIN.split(128), config=tdc.Heal(epochs=1, rate=0.9), progress=False)
     assert all(torch.equal(value, before[name]) for name, value in cut.state_dict().items())
     assert "none of the epochs was better" in tdc.report(cut).remarks[-1].reason
+
+
+def test_steps_that_are_too_long_are_made_shorter() -> None:
+    dense = model()
+    cut = small_of(dense)
+    before = change(dense, cut, TEST)
+    tdc.heal(cut, dense, TRAIN.split(128), config=tdc.Heal(epochs=6, rate=0.9), progress=False)
+    assert change(dense, cut, TEST) < 0.9 * before
 
 
 def test_an_interrupted_healing_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
