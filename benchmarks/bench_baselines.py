@@ -4,8 +4,9 @@
 
 The parts of the data are those of bench_accuracy.py; the baselines (benchmarks/baselines) have the same ones for their
 moments, and the same examples for ASVD's sensitivities. `kept`: of the candidate layers' parameters and multiply-adds.
-`tdc`: with its defaults; `tdc uniform`: the same fits, each layer at the same keep. VBMF takes no budget; TDC is run at
-what it keeps. `check`: BALF's allocation against an enumeration.
+`--healed`: of methods of one product of two factors a layer, trained by TDC on the same data for as long as its own
+fits. `tdc`: with its defaults; `tdc uniform`: the same fits, each layer at the same keep. VBMF takes no budget; TDC is
+run at what it keeps. `check`: BALF's allocation against an enumeration.
 
 Rows are added to results/baselines.csv, in place of earlier ones of the same model, method and budget.
 """
@@ -16,15 +17,17 @@ import argparse
 import itertools
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from baselines import BASELINES, Layer, balf_ranks, layers_of, with_weights
+from baselines import BASELINES, Answer, Layer, balf_ranks, layers_of, with_weights
 from bench_accuracy import CASES
 from common import read_rows, write_rows
-from torch import Tensor
+from torch import Tensor, nn
 
 import tdc
+from tdc.frontends.graph import floating_outputs
 from tdc.frontends.nn import NnProgram
 from tdc.ir import OpKind, Site
 from tdc.statistics import divergence, logits_among, without_padding
@@ -42,6 +45,7 @@ def main() -> None:
     parser.add_argument("model", choices=[*CASES, "check"])
     parser.add_argument("--methods", nargs="*", default=[*BASELINES, "tdc", "tdc uniform"])
     parser.add_argument("--budgets", nargs="*")
+    parser.add_argument("--healed", action="store_true", help="the factors trained then, as TDC's are")
     given = parser.parse_args()
     if given.model == "check":
         return check()
@@ -64,8 +68,11 @@ def main() -> None:
             if method in BASELINES:
                 with torch.no_grad():
                     found = BASELINES[method](layers, float(keep), quantity, loss)
-                with with_weights(case.model, layers, found.weights) as model:
-                    measured = case.measured(model)
+                if given.healed:
+                    measured = case.measured(healed(case, layers, found))
+                else:
+                    with with_weights(case.model, layers, found.weights) as model:
+                        measured = case.measured(model)
                 kept = (found.params, found.macs)
             else:
                 measured, kept = _tdc(case, budget, statistics, exclude, uniform=method.endswith("uniform"))
@@ -73,7 +80,7 @@ def main() -> None:
             shares = kept if method.startswith("tdc") else tuple(a / b for a, b in zip(kept, dense, strict=True))
             row = {
                 "model": given.model,
-                "method": method,
+                "method": f"{method} healed" if given.healed else method,
                 "budget": budget,
                 **measured,
                 "kept params": f"{shares[0]:.4f}",
@@ -97,6 +104,32 @@ def _tdc(case: Any, budget: str, statistics: Any, exclude: Any, *, uniform: bool
     )
     made = tdc.report(small)
     return case.measured(small), (made.after.params / made.before.params, made.after.macs / made.before.macs)
+
+
+def healed(case: Any, layers: list[Layer], found: Answer) -> nn.Module:
+    """The answer's weights as factors, which are exact in their ranks, and then trained."""
+    options = {"metric": "weight", "progress": False}
+    with with_weights(case.model, layers, found.weights) as model:
+        plan = tdc.plan(model, case.calibration[0], budget="params=0.5", allow=("svd", "output_svd"), **options)
+        small = tdc.compress(model, case.calibration[0], plan=_ranked(plan, found.ranks), **options)
+        with torch.no_grad():
+            pair = [floating_outputs(_run(net, case.calibration[0])) for net in (model, small)]
+        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-3)
+    return tdc.heal(small, case.model, case.healing, config=case.heal)
+
+
+def _ranked(plan: tdc.Plan, ranks: Mapping[str, int]) -> tdc.Plan:
+    choices = []
+    for choice in plan.choices:
+        rank = next((ranks[name] for name in choice.site.names if name in ranks), None)
+        name = "dense" if rank is None else "svd" if choice.site.kind is OpKind.LINEAR else "output_svd"
+        chosen = () if rank is None else (("r", rank),)
+        choices.append(replace(choice, decomposition=name, ranks=chosen, variant="", joint=None, hidden=None))
+    return replace(plan, choices=tuple(choices))
+
+
+def _run(model: nn.Module, batch: Any) -> Any:
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 def _loss(case: Any, program: NnProgram, layers: list[Layer], examples: int) -> Any:

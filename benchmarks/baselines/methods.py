@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,9 +20,12 @@ Loss = Callable[[Mapping[str, Tensor]], float]
 
 @dataclass(frozen=True)
 class Answer:
+    """``ranks``: of the weights that are one product of two factors."""
+
     weights: Mapping[str, Tensor]
     params: int
     macs: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 def truncated(weight: Tensor, rank: int) -> Tensor:
@@ -53,13 +56,14 @@ def _root(gram: Tensor) -> Tensor:
 
 def answer(layers: Sequence[Layer], ranks: Sequence[int | None], fit: Callable[[Layer, int], Tensor]) -> Answer:
     """None, or a rank that stores no less: dense."""
-    weights, params, macs = {}, 0, 0.0
+    weights, kept_ranks, params, macs = {}, {}, 0, 0.0
     for layer, rank in zip(layers, ranks, strict=True):
         kept = layer.dense if rank is None else layer.cost(max(1, rank))
         if kept < layer.dense:
-            weights[layer.site.name] = fit(layer, max(1, int(rank or 1)))
+            kept_ranks[layer.site.name] = max(1, int(rank or 1))
+            weights[layer.site.name] = fit(layer, kept_ranks[layer.site.name])
         params, macs = params + kept, macs + kept * layer.rows
-    return Answer(weights, params, macs)
+    return Answer(weights, params, macs, kept_ranks)
 
 
 def uniform(layers: Sequence[Layer], keep: float) -> list[int | None]:
