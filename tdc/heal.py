@@ -234,10 +234,11 @@ class _Work:
             with torch.enable_grad():
                 loss = self._loss(mixed or self.steps[k], kept=mixed is None)
                 loss.backward()
-            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
+            norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * group["size"] * _cosine(step, total)
-            self.optimizer.step()
+            if bool(torch.isfinite(norm)):
+                self.optimizer.step()
             self._average(step)
             advance()
         self.done += 1
@@ -277,7 +278,7 @@ class _Work:
         self.last = value
         if value < self.least:
             self.least, self.best = value, {name: tensor.clone() for name, tensor in self.average.items()}
-        elif self.least == self.start and value > _WORSE * self.start:
+        elif self.least == self.start and not value <= _WORSE * self.start:  # NaN is worse, too
             self.rate /= _LOWER
             self.optimizer = self._optimizer()
             self._put(self.best)

@@ -154,6 +154,23 @@ def test_steps_that_are_too_long_are_made_shorter() -> None:
     assert change(dense, cut, TEST) < 0.9 * before
 
 
+def test_a_step_without_finite_gradients_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tdc.heal import _Work
+
+    loss, calls = _Work._loss, []
+
+    def broken(self: _Work, *args: Any, **options: Any) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return loss(self, *args, **options) * (float("nan") if sum(calls) == 3 and calls[-1] else 1.0)
+
+    monkeypatch.setattr(_Work, "_loss", broken)
+    dense = model()
+    cut = small_of(dense)
+    before = change(dense, cut, TEST)
+    tdc.heal(cut, dense, TRAIN.split(128), config=CONFIG, progress=False)
+    assert change(dense, cut, TEST) < 0.9 * before
+
+
 def test_an_interrupted_healing_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, path = model(), tmp_path / "heal.safetensors"
     config = tdc.Heal(epochs=4, rate=3e-3, patience=6, checkpoint=path)
