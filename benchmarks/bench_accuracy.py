@@ -13,8 +13,9 @@ Three disjoint parts of the data each time. VGG11: training images 0 to 8191 for
 development images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 and 512; to the first part come those of
 the docstrings of the other modules of Python's library (2,683 in Python 3.11), for healing also those of torch and
 numpy (3,549). SmolLM2: windows of WikiText-2's validation part, 0 to 23 and 108 to 131 (draws 1 and 2: 60 to 83 and
-132 to 155, 84 to 107 and 156 to 179; with all from 180 on for healing), the first 128 tokens of 24 to 27, and 40 to
-59; `elsewhere`: perplexity on text of another domain, docstrings of Python's standard library, over the dense one.
+132 to 155, 84 to 107 and 156 to 179; for healing all but the following), the first 128 tokens of 24 to 27, and 40 to
+59 (28 to 39 are not used but for healing); `elsewhere`: perplexity on text of another domain, docstrings of Python's
+standard library, over the dense one.
 `--statistics`: kept in that file, or read from it; `--models`: what `anchored` gives is kept in that folder, `healed`
 starts from it, and goes on there after an interruption.
 
@@ -110,7 +111,7 @@ class MiniLM:
 
 
 class SmolLM2:
-    heal = tdc.Heal(epochs=2, examples=1)
+    heal = tdc.Heal(epochs=1, examples=1)
 
     def __init__(self, draw: int = 0) -> None:
         from bench_smollm2 import WINDOW, load, perplexity
@@ -121,7 +122,8 @@ class SmolLM2:
         first, more = (0, 60, 84)[draw], 108 + 24 * draw
         own = [*windows[first : first + 24], *windows[more : more + 24]]
         self.calibration = [{"input_ids": w, "use_cache": False} for w in own]
-        halves = torch.cat([*own, *windows[180:]]).reshape(-1, WINDOW // 2)
+        others = [*windows[:24], *windows[28:40], *windows[60:]]
+        halves = torch.cat(others).reshape(-1, WINDOW // 2)
         self.healing = [{"input_ids": half[None], "use_cache": False} for half in halves]
         self.probe = [{"input_ids": torch.cat([w[:, :128] for w in windows[24:28]]), "use_cache": False}]
         self._held_out, self._perplexity = windows[40:60], perplexity
