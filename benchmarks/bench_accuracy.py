@@ -14,8 +14,7 @@ development images to measure on. MiniLM: sentences of ``tdc demo``, 2,048, 64 a
 the docstrings of the other modules of Python's library (2,683 in Python 3.11), for healing also those of torch and
 numpy (3,549). SmolLM2: windows of WikiText-2's validation part, 0 to 23 and 108 to 131 (draws 1 and 2: 60 to 83 and
 132 to 155, 84 to 107 and 156 to 179; for healing all but the following), the first 128 tokens of 24 to 27, and 40 to
-59 (28 to 39 are not used but for healing); `elsewhere`: perplexity on text of another domain, docstrings of Python's
-standard library, over the dense one.
+59; `elsewhere`: perplexity on text of another domain, docstrings of Python's standard library, over the dense one.
 `--statistics`: kept in that file, or read from it; `--models`: what `anchored` gives is kept in that folder, `healed`
 starts from it, and goes on there after an interruption.
 
