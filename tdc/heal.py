@@ -179,18 +179,15 @@ class _Work:
     ) -> None:
         self.small, self.model, self.steps, self.apart, self.config = small, model, steps, apart, config
         self.parameters = _trainable(small)
-        self.sizes = [max(float(p.detach().square().mean().sqrt()), 1e-8) for p in self.parameters.values()]
-        self.optimizer = self._optimizer()
+        sizes = [max(float(p.detach().square().mean().sqrt()), 1e-8) for p in self.parameters.values()]
+        groups = [{"params": [p], "size": size} for p, size in zip(self.parameters.values(), sizes, strict=True)]
+        self.optimizer = RotatedAdam(groups)
         self.rate = config.rate or 0.0
         self.logits: str | None = None
         self._dense: dict[int, dict[str, Tensor]] = {}
         self.done, self.stale = 0, 0
         self.start, self.least, self.last = math.inf, math.inf, math.inf
         self.best, self.average = ({name: p.detach().clone() for name, p in self.parameters.items()} for _ in range(2))
-
-    def _optimizer(self) -> RotatedAdam:
-        sized = zip(self.parameters.values(), self.sizes, strict=True)
-        return RotatedAdam([{"params": [p], "size": size} for p, size in sized])
 
     @contextmanager
     def trained(self) -> Iterator[None]:
@@ -251,8 +248,9 @@ class _Work:
         for sign in (1, -1):
             generator = torch.Generator().manual_seed(self.config.seed)
             with torch.no_grad():
-                for p, size in zip(self.parameters.values(), self.sizes, strict=True):
-                    p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=sign * _NOISE * size)
+                for group in self.optimizer.param_groups:
+                    (p,) = group["params"]
+                    p.add_(torch.randn(p.shape, generator=generator).to(p), alpha=sign * _NOISE * group["size"])
             bent += self.validated(probed) / 2
             self._put(self.best)
         curvature = (bent - start) / _NOISE**2
@@ -280,7 +278,7 @@ class _Work:
             self.least, self.best = value, {name: tensor.clone() for name, tensor in self.average.items()}
         elif self.least == self.start and not value <= _WORSE * self.start:  # NaN is worse, too
             self.rate /= _LOWER
-            self.optimizer = self._optimizer()
+            self.optimizer.state.clear()
             self._put(self.best)
             self.average = {name: tensor.clone() for name, tensor in self.best.items()}
         if self.config.checkpoint is not None:

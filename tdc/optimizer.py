@@ -22,7 +22,7 @@ class RotatedAdam(torch.optim.Optimizer):
     For a gradient G of r x n, r <= n (higher orders: first axis against the others), ``C`` is the running mean of
     ``G G^T`` and Q its eigenvectors. Adam's moments are those of ``Q^T G``; a step is ``Q`` times Adam's step there.
     Entry by entry, Adam's first steps are near the sign of G, whose parts along the few directions that all inputs
-    share add up: on factored networks they raise the loss 1000 times as much as noise of the same size does, and the
+    share add up: on factored networks they raise the loss 1000 times as much as noise of the same size, or more; the
     rate has to be as small as those directions need. In the eigenbasis they are a few coordinates among many.
 
     At a change of basis, ``exp_avg`` is rotated, and ``exp_avg_sq`` becomes the diagonal of its rotated diagonal. Bases
