@@ -18,16 +18,17 @@ from .errors import CalibrationError, ModelError, OptionError
 from .files import atomic_write, checked_destination
 from .frontends.graph import floating_outputs
 from .frontends.nn import Factored
-from .frontends.nn.batches import Call, as_calls, named
+from .frontends.nn.batches import Call, as_calls, blended, in_parts, named
 from .frontends.nn.running import evaluation
-from .frontends.program import head, is_usable, unpadded_of
+from .frontends.program import is_usable, unpadded_of
+from .inside import Inside
 from .optimizer import RotatedAdam
 from .progress import counted
 from .statistics import divergence_of, logits_among, without_padding
 
 __all__ = ["Heal", "heal"]
 
-_FORMAT = "tdc-heal"
+_FORMAT = "tdc-heal 2"
 _WARM = 0.05
 _CLIP = 1.0
 _LEAST_GAIN = 1e-3
@@ -37,7 +38,8 @@ _WORSE, _LOWER = 1.02, 4
 _AVERAGED = 0.5
 """Of an epoch's steps, over how many the average of the parameters reaches back."""
 _OUTPUT_BYTES = 1 << 28
-_PLACE = ("done", "stale", "least", "last", "rate")
+Outputs = Mapping[str, Tensor]
+_PLACE = ("done", "stale", "least", "last", "rate", "share")
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,23 @@ class Heal:
     ``epochs``: at most, fewer where ``patience`` of them in a row bring nothing more on the held-out part. ``rate``:
     the first steps move the entries of a parameter by this fraction of its root mean square; by default
     ``0.015 sqrt(d / S)``, at most 1e-2, of the divergence d at the start, which noise of a fraction e of each
-    parameter's root mean square raises by ``S e^2`` (measured on a few held-out steps). Where an
-    epoch makes it worse by over 2 % and none made it better, the work starts again with a quarter of it.
+    parameter's root mean square raises by ``S e^2`` (measured on a few held-out steps). Where an epoch makes it worse
+    and none made it better, the work starts again: without what is ``inside``, and from then on, where it is worse by
+    over 2 %, with a quarter of the rate.
     ``examples``: in a step, larger batches are cut. ``held_out``: the fraction of the steps' data that nothing is
-    learnt from. ``blends``: the fraction of the steps in which each example is a blend of two (mixup, Zhang et al.
-    2018; with the dense model's outputs on the same blends, Beyer et al. 2022), where all inputs are floating point:
-    it makes more of little data. ``checkpoint``: a file, written after each epoch, from which the same work goes on
-    after an interruption; removed at the end.
+    learnt from. ``inside``: the share in what is minimised of how far the inputs of the factored layers are from those
+    in the dense model (see :class:`tdc.inside.Inside`; hints, Romero et al. 2015); the rest is the outputs'. It makes
+    more of little data and few steps. ``blends``: the fraction of the steps in which each example is a blend of two
+    (mixup, Zhang et al. 2018; with the dense model's outputs on the same blends, Beyer et al. 2022), where all inputs
+    are floating point: it makes more of little data. ``checkpoint``: a file, written after each epoch, from which the
+    same work goes on after an interruption; removed at the end.
     """
 
     epochs: int = 20
     rate: float | None = None
     examples: int = 32
     held_out: float = 0.1
+    inside: float = 0.9
     blends: float = 0.5
     patience: int = 4
     seed: int = 0
@@ -73,6 +79,7 @@ class Heal:
                 ("rate", self.rate is None or 0 < self.rate < 1),
                 ("examples", self.examples >= 1),
                 ("held_out", 0 < self.held_out <= 0.5),
+                ("inside", 0 <= self.inside < 1),
                 ("blends", 0 <= self.blends <= 1),
                 ("patience", self.patience >= 1),
             )
@@ -112,7 +119,7 @@ def heal(
 
 def healed(small: nn.Module, model: nn.Module, calls: Sequence[Call], config: Heal, *, progress: bool) -> nn.Module:
     """The same for batches as positional and keyword arguments."""
-    steps = [part for call in calls if is_usable(call) for part in _parts(call, config.examples)]
+    steps = [part for call in calls if is_usable(call) for part in in_parts(call, config.examples)]
     apart = max(1, round(config.held_out * len(steps)))
     if len(steps) < 2:
         raise CalibrationError(
@@ -129,48 +136,6 @@ def healed(small: nn.Module, model: nn.Module, calls: Sequence[Call], config: He
     return small
 
 
-def _parts(call: Call, examples: int) -> Iterator[Call]:
-    """The batch in pieces along its first axis, where all its tensors have the same length there."""
-    args, kwargs = call
-    lengths = {len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim}
-    if len(lengths) != 1 or max(lengths) <= examples:
-        yield call
-        return
-    for start in range(0, max(lengths), examples):
-        yield head(_from(args, start), examples), head(_from(kwargs, start), examples)
-
-
-def _from(batch: Any, start: int) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: _from(value, start) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(_from(value, start) for value in batch)
-    return batch[start:] if isinstance(batch, Tensor) and batch.ndim else batch
-
-
-def blended(call: Call, generator: torch.Generator) -> Call | None:
-    """Each example ``a x + (1 - a) x'`` with another one of the batch, ``a`` uniform in [0, 1]; None where an input is
-    not floating point (token ids, masks), or there is one example only.
-    """
-    args, kwargs = call
-    values = [*args, *kwargs.values()]
-    tensors = [v for v in values if isinstance(v, Tensor) and v.ndim]
-    plain = all(isinstance(v, Tensor | bool | int | float | str | None) for v in values)
-    lengths = {len(v) for v in tensors}
-    if not plain or len(lengths) != 1 or min(lengths) < 2 or not all(v.is_floating_point() for v in tensors):
-        return None
-    count = min(lengths)
-    part, order = torch.rand(count, generator=generator), torch.randperm(count, generator=generator)
-
-    def blend(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim:
-            return value
-        share = part.to(value).reshape(-1, *[1] * (value.ndim - 1))
-        return share * value + (1 - share) * value[order.to(value.device)]
-
-    return tuple(blend(v) for v in args), {key: blend(v) for key, v in kwargs.items()}
-
-
 class _Work:
     """The state of one healing: parameters, Adam, and the best parameters so far."""
 
@@ -182,7 +147,8 @@ class _Work:
         sizes = [max(float(p.detach().square().mean().sqrt()), 1e-8) for p in self.parameters.values()]
         groups = [{"params": [p], "size": size} for p, size in zip(self.parameters.values(), sizes, strict=True)]
         self.optimizer = RotatedAdam(groups)
-        self.rate = config.rate or 0.0
+        self.rate, self.share = config.rate or 0.0, 0.0
+        self.inside = Inside(small, model)
         self.logits: str | None = None
         self._dense: dict[int, dict[str, Tensor]] = {}
         self.done, self.stale = 0, 0
@@ -208,6 +174,9 @@ class _Work:
         """Divergences on the held-out part before and after, and the number of epochs."""
         self.logits = logits_among(self._outputs(self.model, self.steps[0]))
         self.start = self.least = self.last = self.validated()
+        if self.config.inside:
+            self.inside.weigh((self._run(call)[2:] for call in self.apart[:_PROBED]), self.start)
+            self.share = self.config.inside if self.inside.weights else 0.0
         self._resume()
         self.rate = self.rate or self._probed_rate()
         total = self.config.epochs * len(self.steps)
@@ -229,7 +198,7 @@ class _Work:
             self.optimizer.zero_grad(set_to_none=True)
             mixed = blended(self.steps[k], generator) if self._draws_blend(generator) else None
             with torch.enable_grad():
-                loss = self._loss(mixed or self.steps[k], kept=mixed is None)
+                loss = self._minimised(mixed or self.steps[k], kept=mixed is None)
                 loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
             for group in self.optimizer.param_groups:
@@ -276,8 +245,8 @@ class _Work:
         self.last = value
         if value < self.least:
             self.least, self.best = value, {name: tensor.clone() for name, tensor in self.average.items()}
-        elif self.least == self.start and not value <= _WORSE * self.start:  # NaN is worse, too
-            self.rate /= _LOWER
+        elif self.least == self.start and not value <= (1 if self.share else _WORSE) * self.start:  # NaN is worse, too
+            self.rate, self.share = self.rate if self.share else self.rate / _LOWER, 0.0
             self.optimizer.state.clear()
             self._put(self.best)
             self.average = {name: tensor.clone() for name, tensor in self.best.items()}
@@ -304,13 +273,32 @@ class _Work:
             size = sum(value.nbytes for value in wanted.values())
             if kept and size * (len(self.steps) + len(self.apart)) <= _OUTPUT_BYTES:
                 self._dense[id(call)] = wanted
-        given = self._outputs(self.small, call)
+        return self._apart(call, wanted, self._outputs(self.small, call))
+
+    def _apart(self, call: Call, wanted: Outputs, given: Outputs) -> Tensor:
         if wanted.keys() != given.keys() or any(wanted[name].shape != given[name].shape for name in wanted):
             raise ModelError(
                 "the two models do not give the same outputs: is the dense model that of the compressed one?"
             )
         unpadded = unpadded_of(named(self.model, call))
         return divergence_of(without_padding(wanted, unpadded), without_padding(given, unpadded), self.logits)
+
+    def _minimised(self, call: Call, kept: bool) -> Tensor:
+        """What a step makes less."""
+        share = self.share
+        if not share:
+            return self._loss(call, kept)
+        wanted, given, *inputs = self._run(call)
+        return (1 - share) * self._apart(call, wanted, given) + share * self.inside.distance(*inputs)
+
+    def _run(self, call: Call) -> tuple[Outputs, Outputs, Outputs, Outputs]:
+        """Of one run of both models: what the dense one and the small one give, and what their factored layers read."""
+        unpadded = unpadded_of(named(self.model, call))
+        with torch.no_grad(), self.inside.reading(self.model) as read:
+            wanted = self._outputs(self.model, call)
+        with self.inside.reading(self.small) as read_small:
+            given = self._outputs(self.small, call)
+        return wanted, given, without_padding(read, unpadded), without_padding(read_small, unpadded)
 
     def _outputs(self, model: nn.Module, call: Call) -> dict[str, Tensor]:
         args, kwargs = call

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import tdc
 from tdc.errors import CalibrationError, ModelError, OptionError
 from tdc.frontends.graph import floating_outputs
+from tdc.frontends.nn.batches import blended
+from tdc.inside import Inside
 from tdc.statistics import divergence
 from tdc.testing import random_cnn
 
@@ -64,7 +66,6 @@ def test_healing_brings_the_outputs_nearer_on_data_that_it_has_not_seen() -> Non
 
 
 def test_blends_are_of_two_examples_and_of_floating_inputs_only() -> None:
-    blended = sys.modules["tdc.heal"].blended
     x, y = torch.randn(6, 3, 4), torch.arange(6.0)
     (first, flag), named = blended(((x, True), {"y": y}), torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5)
@@ -102,6 +103,35 @@ def test_by_default_steps_are_small_where_there_is_little_to_gain() -> None:
         pairs = zip(*([p.detach() for p in m.parameters()] for m in (cut, cured)), strict=True)
         moved.append(max(float((a - b).norm() / a.norm()) for a, b in pairs if a.ndim == 2))
     assert moved[1] < 0.7 * moved[0]
+
+
+def test_what_layers_read_comes_nearer_too() -> None:
+    """With it in what is minimised, by more than with the outputs alone; the outputs come nearer in both cases."""
+    dense = model()
+    cut = tdc.compress(dense, budget="params=0.6", allow="svd", calibration=list(TRAIN.split(128)), progress=False)
+    before, lost = inner_distance(cut, cut, dense), []
+    for inside in (0.9, 0.0):
+        cured = copy.deepcopy(cut)
+        config = tdc.Heal(epochs=10, rate=3e-3, examples=16, inside=inside)
+        tdc.heal(cured, dense, TRAIN.split(128), config=config, progress=False)
+        assert change(dense, cured, TEST) < 0.9 * change(dense, cut, TEST)
+        lost.append(inner_distance(cured, cut, dense))
+    assert lost[0] < 0.9 * before, lost
+    assert lost[0] < 0.9 * lost[1], lost
+
+
+def inner_distance(small: nn.Module, start: nn.Module, dense: nn.Module) -> float:
+    """Of what layers read, on the test data, weighed as at the start of healing."""
+    runs = []
+    for model_ in (start, small):
+        inside = Inside(model_, dense)
+        with torch.no_grad(), inside.reading(dense) as wanted:
+            dense(TEST)
+        with torch.no_grad(), inside.reading(model_) as given:
+            model_(TEST)
+        runs.append((wanted, given))
+    inside.weigh(runs[:1], 1.0)
+    return float(inside.distance(*runs[1]))
 
 
 def test_averages_heal_where_single_steps_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +231,8 @@ def test_an_interrupted_healing_goes_on_where_it_was(tmp_path: Path, monkeypatch
         tdc.heal(small_of(dense), dense, TRAIN.split(128), config=config, progress=False)
 
 
-def test_a_convolutional_model_is_healed() -> None:
+def test_a_convolutional_model_is_healed_with_the_outputs_alone_where_the_inside_leads_astray() -> None:
+    """Hardly anything in this net matters to its outputs, which are means over images."""
     generator = torch.Generator().manual_seed(4)
     coarse = 2 * torch.randn(320, 3, 4, 4, generator=generator)
     images = nn.functional.interpolate(coarse, size=16, mode="bilinear")
@@ -212,7 +243,9 @@ def test_a_convolutional_model_is_healed() -> None:
     assert change(dense, cured, test) < 0.95 * change(dense, cut, test)
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"rate": 0.0}, {"examples": 0}, {"held_out": 0.9}, {"patience": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"rate": 0.0}, {"examples": 0}, {"held_out": 0.9}, {"inside": 1.0}, {"patience": 0}]
+)
 def test_a_wrong_configuration_is_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"{next(iter(wrong))}="):
         tdc.Heal(**wrong)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CalibrationError
+from ..program import head
 
-__all__ = ["Call", "as_call", "as_calls", "named"]
+__all__ = ["Call", "as_call", "as_calls", "blended", "in_parts", "named"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -73,3 +74,45 @@ def _places(model: nn.Module) -> list[str]:
     """Names of the arguments that ``forward`` takes by their places."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def in_parts(call: Call, examples: int) -> Iterator[Call]:
+    """The batch in pieces along its first axis, where all its tensors have the same length there."""
+    args, kwargs = call
+    lengths = {len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim}
+    if len(lengths) != 1 or max(lengths) <= examples:
+        yield call
+        return
+    for start in range(0, max(lengths), examples):
+        yield head(_from(args, start), examples), head(_from(kwargs, start), examples)
+
+
+def _from(batch: Any, start: int) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _from(value, start) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_from(value, start) for value in batch)
+    return batch[start:] if isinstance(batch, Tensor) and batch.ndim else batch
+
+
+def blended(call: Call, generator: torch.Generator) -> Call | None:
+    """Each example ``a x + (1 - a) x'`` with another one of the batch, ``a`` uniform in [0, 1]; None where an input is
+    not floating point (token ids, masks), or there is one example only.
+    """
+    args, kwargs = call
+    values = [*args, *kwargs.values()]
+    tensors = [v for v in values if isinstance(v, Tensor) and v.ndim]
+    plain = all(isinstance(v, Tensor | bool | int | float | str | None) for v in values)
+    lengths = {len(v) for v in tensors}
+    if not plain or len(lengths) != 1 or min(lengths) < 2 or not all(v.is_floating_point() for v in tensors):
+        return None
+    count = min(lengths)
+    part, order = torch.rand(count, generator=generator), torch.randperm(count, generator=generator)
+
+    def blend(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        share = part.to(value).reshape(-1, *[1] * (value.ndim - 1))
+        return share * value + (1 - share) * value[order.to(value.device)]
+
+    return tuple(blend(v) for v in args), {key: blend(v) for key, v in kwargs.items()}
