@@ -97,13 +97,14 @@ def heal(
     """Train the factors of ``small``, the biases beside them and the gains of normalisations, in place, so that its
     outputs come nearer to those of the dense ``model`` on ``batches``; no labels.
 
-    Minimised is the divergence of the outputs (see :func:`tdc.statistics.divergence`), by Adam in the eigenbasis of
-    the gradients (:class:`tdc.optimizer.RotatedAdam`) with a cosine schedule.
-    Judged after each epoch is the average of the parameters over the steps before (Polyak and Juditsky 1992), with
-    weights that fall off exponentially over half an epoch: fits are so near to an optimum that single steps scatter
-    around it by more than there is to gain. What was best on the held-out part is kept; where nothing beats the start,
-    ``small`` stays as it was. The report of ``small`` gets a remark with both figures. Data as for
-    :func:`tdc.calibrate`, without padding; at least two steps of it.
+    Minimised is ``(1 - inside) D + inside E`` of the divergence D of the outputs (see
+    :func:`tdc.statistics.divergence`) and the weighted errors E of what the factored layers read (see
+    :class:`tdc.inside.Inside`; at the start E = D), by Adam in the eigenbasis of the gradients
+    (:class:`tdc.optimizer.RotatedAdam`) with a cosine schedule. Judged after each epoch, by D alone, is the average of
+    the parameters over the steps before (Polyak and Juditsky 1992), with weights that fall off exponentially over half
+    an epoch: fits are so near to an optimum that single steps scatter around it by more than there is to gain. What was
+    best on the held-out part is kept; where nothing beats the start, ``small`` stays as it was. The report of ``small``
+    gets a remark with both figures. Data as for :func:`tdc.calibrate`, without padding; at least two steps of it.
 
     Returns:
         ``small``.
