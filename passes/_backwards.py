@@ -121,7 +121,9 @@ def _readers(unit: Unit, batch: Any) -> dict[int, tuple[int, ...]]:
 
 @dataclass
 class Anchors:
-    """The first batches of the calibration data, up to some size, each with the importance of its rows."""
+    """The first batches of the calibration data, up to some size but at least one, each with the importance of its
+    rows.
+    """
 
     batches: list[Any] = field(default_factory=list)
     importance: list[Mapping[int, Tensor]] = field(default_factory=list)
@@ -130,10 +132,18 @@ class Anchors:
     def add(self, batch: Any, importance: Mapping[int, Tensor]) -> bool:
         """Whether there is room for more."""
         self.size += size_of(batch)
-        if self.size <= _ANCHOR_BYTES and is_usable(batch):
+        if (not self.full or not self.batches) and is_usable(batch):
             self.batches.append(batch)
             self.importance.append(importance)
-        return self.size <= _ANCHOR_BYTES
+        return not self.full
+
+    @property
+    def full(self) -> bool:
+        return self.size > _ANCHOR_BYTES
+
+    @property
+    def remark(self) -> str:
+        return f"fits and healing take the first {len(self.batches)} calibration batches, {_ANCHOR_BYTES >> 20} MB"
 
     def read(self, unit: Unit) -> None:
         """The calibration data, for statistics that were gathered before. Batches that they were gathered from are

@@ -84,6 +84,7 @@ class Calibrate(Pass):
             else:
                 anchors.read(unit)
             unit = unit.having(anchors=tuple(anchors.batches), importance=tuple(anchors.importance))
+            unit = unit.remarking(Remark("", self.name, anchors.remark)) if anchors.full else unit
         if unit.statistics is None:
             if unit.options.metric in ("input", "fisher") and unit.plan is None:
                 raise OptionError(f"metric={unit.options.metric!r} needs calibration= or statistics=")

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from .archive import noted
 from .errors import CalibrationError, ModelError, OptionError
 from .files import atomic_write, checked_destination
-from .frontends.graph import floating_outputs
 from .frontends.nn import Factored
-from .frontends.nn.batches import Call, as_calls, blended, in_parts, named
+from .frontends.nn.batches import Call, as_calls, blended, in_parts, outputs_of, runs_by_example, unpadded_in
 from .frontends.nn.running import evaluation
-from .frontends.program import is_usable, unpadded_of
+from .frontends.program import is_usable
 from .inside import Inside
 from .optimizer import RotatedAdam
 from .progress import counted
@@ -120,16 +119,25 @@ def heal(
 
 def healed(small: nn.Module, model: nn.Module, calls: Sequence[Call], config: Heal, *, progress: bool) -> nn.Module:
     """The same for batches as positional and keyword arguments."""
-    steps = [part for call in calls if is_usable(call) for part in in_parts(call, config.examples)]
+    calls = [call for call in calls if is_usable(call)]
+    with evaluation(model), torch.no_grad():
+        by_example = bool(calls) and runs_by_example(model, calls[0], config.examples)
+    steps = [part for call in calls for part in (in_parts(call, config.examples) if by_example else [call])]
     apart = max(1, round(config.held_out * len(steps)))
     if len(steps) < 2:
         raise CalibrationError(
             f"healing needs at least 2 steps of {config.examples} examples; the data has {len(steps)}"
+            + ("" if by_example else ", since its first axis does not count what the model gives outputs for")
         )
     order = torch.randperm(len(steps), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    config = config if by_example else replace(config, blends=0.0)
     work = _Work(small, model, [steps[k] for k in order[apart:]], [steps[k] for k in order[:apart]], config)
     with evaluation(model), evaluation(small), work.trained():
-        before, after, epochs = work.run(progress)
+        try:
+            before, after, epochs = work.run(progress)
+        except BaseException:
+            work.undo()
+            raise
     kept = f"{before:.4g} -> {after:.4g}" if after < before else f"{before:.4g}, and none of the epochs was better"
     noted(
         small, "heal", f"divergence of the outputs on {apart} of {len(steps)} held-out steps: {kept}; {epochs} epochs"
@@ -151,25 +159,26 @@ class _Work:
         self.rate, self.share = config.rate or 0.0, 0.0
         self.inside = Inside(small, model)
         self.logits: str | None = None
-        self._dense: dict[int, dict[str, Tensor]] = {}
+        self._dense: dict[int, Outputs] = {}
         self.done, self.stale = 0, 0
         self.start, self.least, self.last = math.inf, math.inf, math.inf
-        self.best, self.average = ({name: p.detach().clone() for name, p in self.parameters.items()} for _ in range(2))
+        self.first = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.best, self.average = self.first, {name: value.clone() for name, value in self.first.items()}
 
     @contextmanager
     def trained(self) -> Iterator[None]:
         """Gradients of just these parameters inside; flags and gradients of all are as before after it."""
         every = [*self.small.parameters()]
-        flags = [p.requires_grad for p in every]
+        flags = [(p.requires_grad, p.grad) for p in every]
         own = {id(p) for p in self.parameters.values()}
         try:
             for p in every:
                 p.requires_grad_(id(p) in own)
             yield
         finally:
-            for p, flag in zip(every, flags, strict=True):
+            for p, (flag, gradient) in zip(every, flags, strict=True):
                 p.requires_grad_(flag)
-                p.grad = None
+                p.grad = gradient
 
     def run(self, progress: bool) -> tuple[float, float, int]:
         """Divergences on the held-out part before and after, and the number of epochs."""
@@ -192,6 +201,10 @@ class _Work:
             Path(self.config.checkpoint).unlink(missing_ok=True)
         return self.start, self.least, self.done
 
+    def undo(self) -> None:
+        """All as at the start, from where a checkpoint goes on."""
+        self._put(self.first)
+
     def _epoch(self, total: int, advance: Callable[[], None]) -> None:
         generator = torch.Generator().manual_seed(self.config.seed * 1000 + self.done)
         order = torch.randperm(len(self.steps), generator=generator).tolist()
@@ -200,6 +213,8 @@ class _Work:
             mixed = blended(self.steps[k], generator) if self._draws_blend(generator) else None
             with torch.enable_grad():
                 loss = self._minimised(mixed or self.steps[k], kept=mixed is None)
+                if not loss.requires_grad:
+                    raise ModelError("the outputs of the compressed model have no gradient: is it run without?")
                 loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
             for group in self.optimizer.param_groups:
@@ -281,7 +296,7 @@ class _Work:
             raise ModelError(
                 "the two models do not give the same outputs: is the dense model that of the compressed one?"
             )
-        unpadded = unpadded_of(named(self.model, call))
+        unpadded = unpadded_in(self.model, call)
         return divergence_of(without_padding(wanted, unpadded), without_padding(given, unpadded), self.logits)
 
     def _minimised(self, call: Call, kept: bool) -> Tensor:
@@ -294,19 +309,15 @@ class _Work:
 
     def _run(self, call: Call) -> tuple[Outputs, Outputs, Outputs, Outputs]:
         """Of one run of both models: what the dense one and the small one give, and what their factored layers read."""
-        unpadded = unpadded_of(named(self.model, call))
+        unpadded = unpadded_in(self.model, call)
         with torch.no_grad(), self.inside.reading(self.model) as read:
             wanted = self._outputs(self.model, call)
         with self.inside.reading(self.small) as read_small:
             given = self._outputs(self.small, call)
         return wanted, given, without_padding(read, unpadded), without_padding(read_small, unpadded)
 
-    def _outputs(self, model: nn.Module, call: Call) -> dict[str, Tensor]:
-        args, kwargs = call
-        try:
-            return floating_outputs(model(*args, **kwargs))
-        except Exception as error:
-            raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
+    def _outputs(self, model: nn.Module, call: Call) -> Outputs:
+        return outputs_of(model, call, self.config.seed)
 
     # ---- checkpoints
 
@@ -337,23 +348,23 @@ class _Work:
         try:
             with safe_open(str(path), framework="pt") as file:
                 found = json.loads((file.metadata() or {}).get("tdc", "{}"))
-                if {key: found.get(key) for key in self._identity} != self._identity:
-                    raise OptionError(f"the checkpoint {path} belongs to other work: remove it, or name another file")
-                for key in _PLACE:
-                    setattr(self, key, found[key])
-                kept = set(file.keys())
-                with torch.no_grad():
-                    for name, p in self.parameters.items():
-                        p.copy_(file.get_tensor(f"now/{name}"))
-                        self.best[name] = file.get_tensor(f"best/{name}").to(p.device)
-                        self.average[name] = file.get_tensor(f"average/{name}").to(p.device)
-                        self.optimizer.state[p] = {
-                            key: file.get_tensor(f"{key}/{name}").to(p.device if key != "step" else "cpu")
-                            for key in self.optimizer.KEYS
-                            if f"{key}/{name}" in kept
-                        }
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
             raise OptionError(f"the checkpoint {path} cannot be read: {error}") from error
+        if {key: found.get(key) for key in self._identity} != self._identity:
+            raise OptionError(f"the checkpoint {path} belongs to other work: remove it, or name another file")
+        for key in _PLACE:
+            setattr(self, key, found[key])
+        self.best, self.average = (
+            {n: tensors[f"{kind}/{n}"].to(p.device) for n, p in self.parameters.items()} for kind in ("best", "average")
+        )
+        self._put({name: tensors[f"now/{name}"] for name in self.parameters})
+        for name, p in self.parameters.items():
+            self.optimizer.state[p] = {
+                key: tensors[f"{key}/{name}"].to(p.device if key != "step" else "cpu")
+                for key in self.optimizer.KEYS
+                if f"{key}/{name}" in tensors
+            }
 
 
 def _trainable(small: nn.Module) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ __all__ = ["Inside"]
 Inputs = Mapping[str, Tensor]
 
 _LEAST = 1e-6
+_TINY = 1e-30
 _ALIKE = 0.5
 
 
@@ -38,7 +39,9 @@ class Inside:
 
     @contextmanager
     def reading(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Inputs of one run of either model inside, each tensor once, by the path of the layer; channels last."""
+        """Inputs of one run of either model inside, each tensor once and of each layer the first, by the path of the
+        layer; channels last.
+        """
         found: dict[str, Tensor] = {}
         seen: dict[int, Tensor] = {}
         paths = {id(layer): path for path, layer in self._layers[id(model)].items()}
@@ -68,14 +71,16 @@ class Inside:
         self.weights = {path: total / len(counted) / mean for path, mean in sorted(counted.items())}
 
     def distance(self, wanted: Inputs, given: Inputs) -> Tensor:
-        """The weighted sum of errors."""
-        errors = (w * _error(wanted[path], given[path]) for path, w in self.weights.items())
+        """The weighted sum of errors, of the layers that read alike values in this run."""
+        alike = [path for path in self.weights if path in wanted and path in given]
+        pairs = ((self.weights[path], wanted[path], given[path]) for path in alike)
+        errors = [weight * _error(w, g) for weight, w, g in pairs if w.shape == g.shape and w.numel()]
         return sum(errors, torch.zeros(()))
 
 
 def _error(wanted: Tensor, given: Tensor) -> Tensor:
     size = wanted.square().sum(-1)
-    return ((given - wanted).square().sum(-1) / torch.maximum(size, size.mean())).mean()
+    return ((given - wanted).square().sum(-1) / torch.maximum(size, size.mean()).clamp(min=_TINY)).mean()
 
 
 def _comparable(wanted: Tensor, given: Tensor) -> bool:

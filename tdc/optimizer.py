@@ -45,7 +45,7 @@ class RotatedAdam(torch.optim.Optimizer):
                     p.add_(self._direction(p, p.grad, *group["betas"]), alpha=-group["lr"])
 
     def _direction(self, p: Tensor, gradient: Tensor, first: float, second: float) -> Tensor:
-        matrix = gradient.flatten(1) if p.ndim > 1 else gradient[None]
+        matrix = gradient.flatten(1) if p.ndim > 1 else gradient.reshape(1, -1)
         tall = len(matrix) > matrix.shape[1]
         gradient = matrix.T.contiguous() if tall else matrix
         state = self.state[p]

@@ -22,6 +22,7 @@ __all__ = [
     "Replacement",
     "Stopwatch",
     "Tap",
+    "cut",
     "fingerprint",
     "head",
     "is_usable",
@@ -286,14 +287,15 @@ def fingerprint(batch: Any) -> str:
     return state.hexdigest()
 
 
-def head(batch: Any, examples: int) -> Any:
-    """The first ``examples`` entries along the leading axis of every tensor or array in a batch (dicts, tuples,
-    lists).
-    """
+def cut(batch: Any, part: slice) -> Any:
+    """A part of the leading axis of every tensor or array in a batch (dicts, tuples, lists)."""
     if isinstance(batch, Mapping):
-        return {key: head(value, examples) for key, value in batch.items()}
+        return {key: cut(value, part) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(head(value, examples) for value in batch)
-    if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim > 0:
-        return batch[:examples]
-    return batch
+        return type(batch)(cut(value, part) for value in batch)
+    return batch[part] if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim > 0 else batch
+
+
+def head(batch: Any, examples: int) -> Any:
+    """The first ``examples`` entries along that axis."""
+    return cut(batch, slice(examples))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import tdc
 from tdc.errors import CalibrationError, ModelError, OptionError
 from tdc.frontends.graph import floating_outputs
-from tdc.frontends.nn.batches import blended
+from tdc.frontends.nn.batches import blended, in_parts, runs_by_example, unpadded_in
 from tdc.inside import Inside
 from tdc.statistics import divergence
 from tdc.testing import random_cnn
@@ -217,13 +219,16 @@ def test_an_interrupted_healing_goes_on_where_it_was(tmp_path: Path, monkeypatch
         epoch(self, *args)
 
     monkeypatch.setattr(_Work, "_epoch", interrupted)
+    cut = small_of(dense)
+    before = {name: value.clone() for name, value in cut.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
-        tdc.heal(small_of(dense), dense, TRAIN.split(128), config=config, progress=False)
+        tdc.heal(cut, dense, TRAIN.split(128), config=config, progress=False)
     assert path.exists()
+    assert all(torch.equal(value, before[name]) for name, value in cut.state_dict().items())
     monkeypatch.setattr(_Work, "_epoch", epoch)
-    with pytest.raises(OptionError, match="belongs to other work"):
+    with pytest.raises(OptionError, match=r"^the checkpoint .* belongs to other work"):
         tdc.heal(small_of(dense), dense, TRAIN.split(128), config=other, progress=False)
-    resumed = tdc.heal(small_of(dense), dense, TRAIN.split(128), config=config, progress=False)
+    resumed = tdc.heal(cut, dense, TRAIN.split(128), config=config, progress=False)
     pairs = zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     path.write_bytes(b"broken")
@@ -241,6 +246,79 @@ def test_a_convolutional_model_is_healed_with_the_outputs_alone_where_the_inside
     options: dict[str, Any] = {"budget": "params=0.15", "calibration": list(train.split(64)), "progress": False}
     cut, cured = tdc.compress(dense, **options), tdc.compress(dense, heal=config, **options)
     assert change(dense, cured, test) < 0.95 * change(dense, cut, test)
+
+
+class Odd(nn.Module):
+    """A network whose forward does what forwards of users do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.scale = how, nn.Parameter(torch.tensor(1.5))
+        self.body, self.beside = model(), nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 10))
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+        if self.how == "in place":
+            x.sub_(0.1).mul_(0.5)
+        if self.how == "random":
+            x = nn.functional.dropout(x, 0.3)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.how != "no gradient"):
+            given = self.body(x) * self.scale
+            return given if extra is None else given + self.beside(extra)
+
+
+class ScaleNorm(Odd):
+    """Named like a normalisation, so that its parameters are trained."""
+
+
+@pytest.mark.parametrize("how", ["", "in place", "random", "at times"])
+def test_odd_forwards_are_healed(how: str) -> None:
+    dense = ScaleNorm(how).eval()
+    data: list[Any] = [x.clone() for x in TRAIN.split(64)]
+    data = [{"x": x, "extra": x + 1} if how == "at times" and k % 3 else {"x": x} for k, x in enumerate(data)]
+    cut = tdc.compress(dense, budget="params=0.6", allow="svd", calibration=data, progress=False)
+    kept = [batch["x"].clone() for batch in data]
+    assert {"scale"} < {name for name, _ in cut.named_parameters()}
+    cured = tdc.heal(copy.deepcopy(cut), dense, data, config=CONFIG, progress=False)
+    remark = tdc.report(cured).remarks[-1].reason
+    before, after = (float(value) for value in re.findall(r": (\S+) -> (\S+);", remark)[0])
+    assert after < (0.9 if how in ("random", "in place") else 1.0) * before
+    assert all(torch.equal(batch["x"], x) for batch, x in zip(data, kept, strict=True))
+    torch.manual_seed(0)
+    gradients = [torch.randn_like(p) for p in cut.parameters()]
+    for p, gradient in zip(cut.parameters(), gradients, strict=True):
+        p.grad = gradient
+    tdc.heal(cut, dense, data, config=CONFIG, progress=False)
+    pairs = zip(cut.parameters(), cured.parameters(), gradients, strict=True)
+    assert all(torch.equal(a, b) and a.grad is gradient for a, b, gradient in pairs)
+
+
+def test_a_forward_without_gradients_is_refused() -> None:
+    dense = Odd("no gradient").eval()
+    cut = tdc.compress(dense, budget="params=0.6", allow="svd", calibration=TRAIN.split(64), progress=False)
+    with pytest.raises(ModelError, match="no gradient"):
+        tdc.heal(cut, dense, TRAIN.split(64), progress=False)
+
+
+def test_batches_are_cut_only_where_their_first_axis_counts_examples() -> None:
+    x, state = torch.randn(70, 5, 3), (torch.randn(2, 70, 4), torch.randn(2, 70, 4))
+    parts = [*in_parts(((x, [x[:, 0]]), {"y": {"z": x}}), 32)]
+    assert [len(args[0]) for args, _ in parts] == [32, 32, 6]
+    assert all(torch.equal(args[1][0], args[0][:, 0]) and torch.equal(kw["y"]["z"], args[0]) for args, kw in parts)
+    assert [*in_parts(((x, state), {}), 32)] == [((x, state), {})]
+    convolution = nn.Conv1d(40, 16, 3)
+    assert runs_by_example(convolution, ((torch.randn(40, 40, 9),), {}), 32)
+    assert not runs_by_example(convolution, ((torch.randn(40, 30),), {}), 32)
+    with pytest.raises(CalibrationError, match="cannot run on a batch"):
+        runs_by_example(convolution, ((torch.randn(70, 30),), {}), 32)
+
+
+def test_inputs_of_a_decoder_are_not_padded_where_those_of_its_encoder_are() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    call = (), {"x": torch.zeros(2, 3), "attention_mask": mask}
+    for two, found in ((False, True), (True, False)):
+        net = nn.Identity()
+        net.config = SimpleNamespace(is_encoder_decoder=two)
+        assert (unpadded_in(net, call) is not None) is found
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,26 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ...errors import CalibrationError
-from ..program import head
+from ..graph import floating_outputs
+from ..program import cut, unpadded_of
 
-__all__ = ["Call", "as_call", "as_calls", "blended", "in_parts", "named"]
+__all__ = [
+    "Call",
+    "as_call",
+    "as_calls",
+    "blended",
+    "in_parts",
+    "named",
+    "outputs_of",
+    "runs_by_example",
+    "unpadded_in",
+]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -76,23 +89,54 @@ def _places(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
+def unpadded_in(model: nn.Module, call: Call) -> Tensor | None:
+    """:func:`unpadded_of` for a module's inputs; None for encoders with a decoder, whose positions are others."""
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return None if two is True else unpadded_of(named(model, call))
+
+
 def in_parts(call: Call, examples: int) -> Iterator[Call]:
     """The batch in pieces along its first axis, where all its tensors have the same length there."""
-    args, kwargs = call
-    lengths = {len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim}
+    lengths = _lengths(call)
     if len(lengths) != 1 or max(lengths) <= examples:
         yield call
         return
     for start in range(0, max(lengths), examples):
-        yield head(_from(args, start), examples), head(_from(kwargs, start), examples)
+        yield cut(call, slice(start, start + examples))
 
 
-def _from(batch: Any, start: int) -> Any:
+def _lengths(batch: Any) -> set[int]:
+    """Of the first axes of all tensors and arrays of a batch."""
     if isinstance(batch, Mapping):
-        return {key: _from(value, start) for key, value in batch.items()}
-    if isinstance(batch, tuple):
-        return tuple(_from(value, start) for value in batch)
-    return batch[start:] if isinstance(batch, Tensor) and batch.ndim else batch
+        return _lengths(tuple(batch.values()))
+    if isinstance(batch, (tuple, list)):
+        return set[int]().union(*map(_lengths, batch))
+    return {len(batch)} if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim else set()
+
+
+def outputs_of(model: nn.Module, call: Call, seed: int = 0) -> dict[str, Tensor]:
+    """Floating outputs by name, of a copy of the inputs and with the same random numbers each time. Raises
+    CalibrationError.
+    """
+    args, kwargs = tree_map_only(Tensor, torch.clone, call)
+    torch.manual_seed(seed)
+    try:
+        return floating_outputs(model(*args, **kwargs))
+    except Exception as error:
+        raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
+
+
+def runs_by_example(model: nn.Module, call: Call, examples: int) -> bool:
+    """Whether the first axis of a batch counts examples: the first so many of them give as many outputs.
+    Raises CalibrationError where the model cannot run on the batch."""
+    part = next(in_parts(call, examples))
+    try:
+        outputs = [v for v in outputs_of(model, part).values() if v.ndim]
+    except CalibrationError:
+        outputs_of(model, call)  # what cannot run as a whole, either, is an error
+        return False
+    lengths = _lengths(part)
+    return len(lengths) == 1 and bool(outputs) and all({len(v)} == lengths for v in outputs)
 
 
 def blended(call: Call, generator: torch.Generator) -> Call | None:

@@ -17,8 +17,8 @@ from ...ir import Block, Cost, Decline, Remark, Site, window_attributes
 from ..count import Counter
 from ..graph import floating_outputs, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
-from ..program import Change, Loss, Replacement, Tap, passed_over_weight, sketch, unpadded_of
-from .batches import Call, as_call, as_calls, named
+from ..program import Change, Loss, Replacement, Tap, passed_over_weight, sketch
+from .batches import Call, as_call, as_calls, unpadded_in
 from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
 from .fold import Norm, fold
@@ -175,7 +175,7 @@ class NnProgram:
         return as_calls(self.model, calibration, self._positional)
 
     def unpadded(self, batch: Call) -> Tensor | None:
-        return unpadded_of(named(self.model, batch))
+        return unpadded_in(self.model, batch)
 
     def observe(self, batch: Call, sites: Iterable[Site], tap: Tap) -> None:
         of_module = {m: site for site in sites for m in self._by_order[site.order].modules.values()}
