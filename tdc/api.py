@@ -227,8 +227,7 @@ def compress(
         exclude, probe: sites or modules (names, shell patterns) that stay dense; batches, see :func:`calibrate`.
         allocation: ``lagrangian`` (one budget over all) or ``uniform`` (each site keeps the same fraction); or, without
             a budget, ``evbmf`` (a weight's singular values above its noise) or ``energy=0.95`` (of its squared norm).
-        heal: train the factors on the calibration data, its first 256 MB, without labels: True, or a :class:`Heal`; see
-            :func:`heal`, which takes all that it is given.
+        heal: train the factors on the first 256 MB of the calibration data, no labels: True, or a :class:`Heal`.
         evaluate, metric_drop: a function of a model, higher is better, and how much of that may be lost, as a budget.
         seed, progress, inplace: recorded in the plan; show a bar on long work; replace modules in ``model`` itself.
 

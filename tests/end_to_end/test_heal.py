@@ -162,6 +162,17 @@ def test_healing_by_itself_is_that_of_compress_and_repeats_to_the_bit(tmp_path: 
     assert tdc.report(again).remarks[-1].stage == "heal"
 
 
+def test_compress_heals_on_the_batches_that_fit_and_on_one_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = model()
+    batch = 128 * 24 * 4
+    for size, count in ((1, 1), (2 * batch, 2), (4 * batch, 4)):
+        monkeypatch.setattr(sys.modules["tdc.passes._backwards"], "_ANCHOR_BYTES", size)
+        remarks = tdc.report(small_of(dense, heal=CONFIG)).remarks
+        assert f"of {8 * count} held-out steps" in remarks[-1].reason
+        told = [r.reason for r in remarks if f"take the first {count} calibration batches" in r.reason]
+        assert len(told) == (count < 4)
+
+
 def test_a_frozen_model_is_healed_and_stays_frozen() -> None:
     dense = model().requires_grad_(False)
     cut, cured = small_of(dense), small_of(dense, heal=CONFIG)
@@ -275,8 +286,8 @@ def test_odd_forwards_are_healed(how: str) -> None:
     dense = ScaleNorm(how).eval()
     data: list[Any] = [x.clone() for x in TRAIN.split(64)]
     data = [{"x": x, "extra": x + 1} if how == "at times" and k % 3 else {"x": x} for k, x in enumerate(data)]
-    cut = tdc.compress(dense, budget="params=0.6", allow="svd", calibration=data, progress=False)
     kept = [batch["x"].clone() for batch in data]
+    cut = tdc.compress(dense, budget="params=0.6", allow="svd", calibration=data, progress=False)
     assert {"scale"} < {name for name, _ in cut.named_parameters()}
     cured = tdc.heal(copy.deepcopy(cut), dense, data, config=CONFIG, progress=False)
     remark = tdc.report(cured).remarks[-1].reason

@@ -17,6 +17,7 @@ from ..program import cut, unpadded_of
 
 __all__ = [
     "Call",
+    "answer",
     "as_call",
     "as_calls",
     "blended",
@@ -114,16 +115,19 @@ def _lengths(batch: Any) -> set[int]:
     return {len(batch)} if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim else set()
 
 
-def outputs_of(model: nn.Module, call: Call, seed: int = 0) -> dict[str, Tensor]:
-    """Floating outputs by name, of a copy of the inputs and with the same random numbers each time. Raises
-    CalibrationError.
-    """
+def answer(model: nn.Module, call: Call) -> Any:
+    """What the model gives for a copy of the inputs, which its forward may change. Raises CalibrationError."""
     args, kwargs = tree_map_only(Tensor, torch.clone, call)
-    torch.manual_seed(seed)
     try:
-        return floating_outputs(model(*args, **kwargs))
+        return model(*args, **kwargs)
     except Exception as error:
         raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
+
+
+def outputs_of(model: nn.Module, call: Call, seed: int = 0) -> dict[str, Tensor]:
+    """Its floating outputs by name, with the same random numbers each time."""
+    torch.manual_seed(seed)
+    return floating_outputs(answer(model, call))
 
 
 def runs_by_example(model: nn.Module, call: Call, examples: int) -> bool:

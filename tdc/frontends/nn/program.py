@@ -18,7 +18,7 @@ from ..count import Counter
 from ..graph import floating_outputs, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Loss, Replacement, Tap, passed_over_weight, sketch
-from .batches import Call, as_call, as_calls, unpadded_in
+from .batches import Call, answer, as_call, as_calls, unpadded_in
 from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
 from .fold import Norm, fold
@@ -197,7 +197,7 @@ class NnProgram:
         with evaluation(self.model), untrained(self.model), hooks(watched, marking(watched, tap)), torch.enable_grad():
             try:
                 with pre_hooks(of_module if read is not None else (), reads.hook):
-                    outputs = floating_outputs(self._forward(batch))
+                    outputs = floating_outputs(answer(self.model, batch))
             except CalibrationError as error:  # it runs without gradients: the moments can be gathered
                 return str(error)
             failed = run_backward(loss, outputs)
@@ -315,14 +315,7 @@ class NnProgram:
 
     def _run(self, batch: Call) -> Any:
         with torch.no_grad():
-            return self._forward(batch)
-
-    def _forward(self, batch: Call) -> Any:
-        args, kwargs = batch
-        try:
-            return self.model(*args, **kwargs)
-        except Exception as error:
-            raise CalibrationError(f"the model cannot run on a batch: {type(error).__name__}: {error}") from error
+            return answer(self.model, batch)
 
     def stopwatch(self, sites: Iterable[Site], batch: Call | None = None) -> Stopwatch:
         batch = batch or self._example
