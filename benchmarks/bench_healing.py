@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--small", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--inside", type=float, nargs="*", default=[tdc.Heal.inside])
+    parser.add_argument("--inside", type=float, nargs="*", default=[0.9])
     parser.add_argument("--optimizers", nargs="*", choices=OPTIMIZERS, default=[*OPTIMIZERS])
     parser.add_argument("--rates", type=float, nargs="*", default=[0.0, 1e-4, 2e-4, 4e-4, 1e-3])
     given = parser.parse_args()

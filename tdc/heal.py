@@ -37,6 +37,7 @@ _WORSE, _LOWER = 1.02, 4
 _AVERAGED = 0.5
 """Of an epoch's steps, over how many the average of the parameters reaches back."""
 _OUTPUT_BYTES = 1 << 28
+_INSIDE = 0.9
 Outputs = Mapping[str, Tensor]
 _PLACE = ("done", "stale", "least", "last", "rate", "share")
 
@@ -50,21 +51,21 @@ class Heal:
     ``0.015 sqrt(d / S)``, at most 1e-2, of the divergence d at the start, which noise of a fraction e of each
     parameter's root mean square raises by ``S e^2`` (measured on a few held-out steps). Where an epoch makes it worse
     and none made it better, the work starts again: without what is ``inside``, and from then on, where it is worse by
-    over 2 %, with a quarter of the rate.
-    ``examples``: in a step, larger batches are cut. ``held_out``: the fraction of the steps' data that nothing is
-    learnt from. ``inside``: the share in what is minimised of how far the inputs of the factored layers are from those
-    in the dense model (see :class:`tdc.inside.Inside`; hints, Romero et al. 2015); the rest is the outputs'. It makes
-    more of little data and few steps. ``blends``: the fraction of the steps in which each example is a blend of two
-    (mixup, Zhang et al. 2018; with the dense model's outputs on the same blends, Beyer et al. 2022), where all inputs
-    are floating point: it makes more of little data. ``checkpoint``: a file, written after each epoch, from which the
-    same work goes on after an interruption; removed at the end.
+    over 2 %, with a quarter of the rate. ``examples``: in a step, larger batches are cut. ``held_out``: the fraction of
+    the steps' data that nothing is learnt from. ``inside``: the share in what is minimised, at first, of how far the
+    inputs of the factored layers are from those in the dense model (see :class:`tdc.inside.Inside`; hints, Romero et
+    al. 2015); it falls to zero as the rate does, and the rest is the outputs'. By default 0.9, and 0 for logits of
+    positions: it brings all outputs nearer in few steps, but perplexity rose. ``blends``: the fraction of the steps in
+    which each example is a blend of two (mixup, Zhang et al. 2018; with the dense model's outputs on the same blends,
+    Beyer et al. 2022), where all inputs are floating point: it makes more of little data. ``checkpoint``: a file,
+    written after each epoch, from which the same work goes on after an interruption; removed at the end.
     """
 
     epochs: int = 20
     rate: float | None = None
     examples: int = 32
     held_out: float = 0.1
-    inside: float = 0.9
+    inside: float | None = None
     blends: float = 0.5
     patience: int = 4
     seed: int = 0
@@ -78,7 +79,7 @@ class Heal:
                 ("rate", self.rate is None or 0 < self.rate < 1),
                 ("examples", self.examples >= 1),
                 ("held_out", 0 < self.held_out <= 0.5),
-                ("inside", 0 <= self.inside < 1),
+                ("inside", self.inside is None or 0 <= self.inside < 1),
                 ("blends", 0 <= self.blends <= 1),
                 ("patience", self.patience >= 1),
             )
@@ -96,7 +97,7 @@ def heal(
     """Train the factors of ``small``, the biases beside them and the gains of normalisations, in place, so that its
     outputs come nearer to those of the dense ``model`` on ``batches``; no labels.
 
-    Minimised is ``(1 - inside) D + inside E`` of the divergence D of the outputs (see
+    Minimised is ``(1 - a) D + a E``, a falling from ``inside`` to 0, of the divergence D of the outputs (see
     :func:`tdc.statistics.divergence`) and the weighted errors E of what the factored layers read (see
     :class:`tdc.inside.Inside`; at the start E = D), by Adam in the eigenbasis of the gradients
     (:class:`tdc.optimizer.RotatedAdam`) with a cosine schedule. Judged after each epoch, by D alone, is the average of
@@ -182,11 +183,14 @@ class _Work:
 
     def run(self, progress: bool) -> tuple[float, float, int]:
         """Divergences on the held-out part before and after, and the number of epochs."""
-        self.logits = logits_among(self._outputs(self.model, self.steps[0]))
+        outputs = self._outputs(self.model, self.steps[0])
+        self.logits = logits_among(outputs)
+        of_positions = self.logits is not None and outputs[self.logits].ndim > 2
         self.start = self.least = self.last = self.validated()
-        if self.config.inside:
+        share = self.config.inside if self.config.inside is not None else 0.0 if of_positions else _INSIDE
+        if share:
             self.inside.weigh((self._run(call)[2:] for call in self.apart[:_PROBED]), self.start)
-            self.share = self.config.inside if self.inside.weights else 0.0
+            self.share = share if self.inside.weights else 0.0
         self._resume()
         self.rate = self.rate or self._probed_rate()
         total = self.config.epochs * len(self.steps)
@@ -212,7 +216,7 @@ class _Work:
             self.optimizer.zero_grad(set_to_none=True)
             mixed = blended(self.steps[k], generator) if self._draws_blend(generator) else None
             with torch.enable_grad():
-                loss = self._minimised(mixed or self.steps[k], kept=mixed is None)
+                loss = self._minimised(mixed or self.steps[k], self.share * _cosine(step, total), kept=mixed is None)
                 if not loss.requires_grad:
                     raise ModelError("the outputs of the compressed model have no gradient: is it run without?")
                 loss.backward()
@@ -299,9 +303,8 @@ class _Work:
         unpadded = unpadded_in(self.model, call)
         return divergence_of(without_padding(wanted, unpadded), without_padding(given, unpadded), self.logits)
 
-    def _minimised(self, call: Call, kept: bool) -> Tensor:
+    def _minimised(self, call: Call, share: float, kept: bool) -> Tensor:
         """What a step makes less."""
-        share = self.share
         if not share:
             return self._loss(call, kept)
         wanted, given, *inputs = self._run(call)

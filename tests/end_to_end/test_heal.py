@@ -122,6 +122,30 @@ def test_what_layers_read_comes_nearer_too() -> None:
     assert lost[0] < 0.9 * lost[1], lost
 
 
+class Positions(nn.Module):
+    """Logits of positions, as language models give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = model()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.body(x)[:, None] * torch.tensor([[1.0], [2.0]])}
+
+
+def test_by_default_the_inside_is_left_out_for_logits_of_positions() -> None:
+    for dense, alone in ((Positions().eval(), True), (model(), False)):
+        options: dict[str, Any] = {"budget": "params=0.85", "allow": "svd", "allocation": "uniform", "progress": False}
+        cut = tdc.compress(dense, calibration=list(TRAIN.split(128)), **options)
+        states = []
+        for inside in (None, 0.0, 0.9):
+            cured = copy.deepcopy(cut)
+            config = tdc.Heal(epochs=4, rate=3e-4, examples=16, inside=inside)
+            states.append(tdc.heal(cured, dense, TRAIN.split(128), config=config, progress=False).state_dict())
+        same = [all(torch.equal(states[0][name], other[name]) for name in other) for other in states[1:]]
+        assert same == [alone, not alone]
+
+
 def inner_distance(small: nn.Module, start: nn.Module, dense: nn.Module) -> float:
     """Of what layers read, on the test data, weighed as at the start of healing."""
     runs = []
