@@ -21,6 +21,7 @@ __all__ = [
     "as_call",
     "as_calls",
     "blended",
+    "copied",
     "in_parts",
     "named",
     "outputs_of",
@@ -115,9 +116,15 @@ def _lengths(batch: Any) -> set[int]:
     return {len(batch)} if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim else set()
 
 
+def copied(call: Call) -> Call:
+    """A copy of the tensors of a batch, which a forward may change."""
+    copy: Call = tree_map_only(Tensor, torch.clone, call)
+    return copy
+
+
 def answer(model: nn.Module, call: Call) -> Any:
-    """What the model gives for a copy of the inputs, which its forward may change. Raises CalibrationError."""
-    args, kwargs = tree_map_only(Tensor, torch.clone, call)
+    """What the model gives for a batch, which its forward may change. Raises CalibrationError."""
+    args, kwargs = call
     try:
         return model(*args, **kwargs)
     except Exception as error:
@@ -125,14 +132,15 @@ def answer(model: nn.Module, call: Call) -> Any:
 
 
 def outputs_of(model: nn.Module, call: Call, seed: int = 0) -> dict[str, Tensor]:
-    """Its floating outputs by name, with the same random numbers each time."""
+    """A model's floating outputs by name, of a copy of the batch, with the same random numbers each time."""
     torch.manual_seed(seed)
-    return floating_outputs(answer(model, call))
+    return floating_outputs(answer(model, copied(call)))
 
 
 def runs_by_example(model: nn.Module, call: Call, examples: int) -> bool:
     """Whether the first axis of a batch counts examples: the first so many of them give as many outputs.
-    Raises CalibrationError where the model cannot run on the batch."""
+    Raises CalibrationError where the model cannot run on the batch.
+    """
     part = next(in_parts(call, examples))
     try:
         outputs = [v for v in outputs_of(model, part).values() if v.ndim]

@@ -18,7 +18,7 @@ from ..count import Counter
 from ..graph import floating_outputs, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Loss, Replacement, Tap, passed_over_weight, sketch
-from .batches import Call, answer, as_call, as_calls, unpadded_in
+from .batches import Call, answer, as_call, as_calls, copied, unpadded_in
 from .capture import Capture, Use, capture
 from .factored import Factored, factored, place
 from .fold import Norm, fold
@@ -165,8 +165,9 @@ class NnProgram:
         tensors = {storage_key(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         floating = [t for t in tensors.values() if t.is_floating_point()]
         stored = sum(t.numel() * t.element_size() for t in tensors.values())
-        with evaluation(self.model), Counter() as counter:
-            self._run(batch or self._example)
+        call = copied(batch or self._example)
+        with evaluation(self.model), torch.no_grad(), Counter() as counter:
+            answer(self.model, call)
         return Cost(sum(t.numel() for t in floating), stored, counter.macs, counter.peak)
 
     # ---- running
@@ -197,7 +198,7 @@ class NnProgram:
         with evaluation(self.model), untrained(self.model), hooks(watched, marking(watched, tap)), torch.enable_grad():
             try:
                 with pre_hooks(of_module if read is not None else (), reads.hook):
-                    outputs = floating_outputs(answer(self.model, batch))
+                    outputs = floating_outputs(answer(self.model, copied(batch)))
             except CalibrationError as error:  # it runs without gradients: the moments can be gathered
                 return str(error)
             failed = run_backward(loss, outputs)
@@ -315,7 +316,7 @@ class NnProgram:
 
     def _run(self, batch: Call) -> Any:
         with torch.no_grad():
-            return answer(self.model, batch)
+            return answer(self.model, copied(batch))
 
     def stopwatch(self, sites: Iterable[Site], batch: Call | None = None) -> Stopwatch:
         batch = batch or self._example
