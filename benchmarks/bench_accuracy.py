@@ -16,7 +16,7 @@ numpy (3,549). SmolLM2: windows of WikiText-2's validation part, 0 to 23 and 108
 132 to 155, 84 to 107 and 156 to 179; for healing all but the following), the first 128 tokens of 24 to 27, and 40 to
 59; `elsewhere`: perplexity on text of another domain, docstrings of Python's standard library, over the dense one.
 `--statistics`: kept in that file, or read from it; `--models`: what `anchored` gives is kept in that folder, `healed`
-starts from it, and goes on there after an interruption.
+starts from it, and goes on there after an interruption. `--epochs`: of healing, at most.
 
 Rows are added to results/accuracy.csv, in place of earlier ones of the same model, part, budget and draw.
 """
@@ -176,9 +176,11 @@ def main() -> None:
     parser.add_argument("--draw", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--statistics", type=Path)
     parser.add_argument("--models", type=Path)
+    parser.add_argument("--epochs", type=int)
     given = parser.parse_args()
     torch.manual_seed(0)
     case = CASES[given.model](given.draw)
+    case.heal = replace(case.heal, epochs=given.epochs or case.heal.epochs)
     fronts: dict[str, tuple[tdc.Statistics, Any, float]] = {}
     for part in given.parts:
         how = PARTS[part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,9 +43,11 @@ class RotatedAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.add_(self._direction(p, p.grad, *group["betas"]), alpha=-group["lr"])
+                    moved, scale = self._direction(p, p.grad, *group["betas"])
+                    p.add_(moved, alpha=-group["lr"] * scale)
 
-    def _direction(self, p: Tensor, gradient: Tensor, first: float, second: float) -> Tensor:
+    def _direction(self, p: Tensor, gradient: Tensor, first: float, second: float) -> tuple[Tensor, float]:
+        """And by how much to multiply it: each pass over tensors of this size counts."""
         matrix = gradient.flatten(1) if p.ndim > 1 else gradient.reshape(1, -1)
         tall = len(matrix) > matrix.shape[1]
         gradient = matrix.T.contiguous() if tall else matrix
@@ -61,12 +64,13 @@ class RotatedAdam(torch.optim.Optimizer):
             _renew(state, gradient, step)
             gradient = state["basis"].T @ gradient
         state["exp_avg"].lerp_(gradient, 1 - first)
-        state["exp_avg_sq"].lerp_(gradient.square(), 1 - second)
-        spread = (state["exp_avg_sq"] / (1 - second**step)).sqrt_().add_(_EPSILON)
-        moved = (state["exp_avg"] / (1 - first**step)).div_(spread)
+        state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        root = math.sqrt(1 - second**step)
+        spread = state["exp_avg_sq"].sqrt().add_(_EPSILON * root)
+        moved = torch.div(state["exp_avg"], spread, out=spread)
         if "basis" in state:
             moved = state["basis"] @ moved
-        return (moved.T if tall else moved).reshape(p.shape)
+        return (moved.T if tall else moved).reshape(p.shape), root / (1 - first**step)
 
 
 def _renew(state: dict[str, Any], gradient: Tensor, step: int) -> None:

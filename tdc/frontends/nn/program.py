@@ -325,7 +325,7 @@ class NnProgram:
             self.observe(batch, sites, lambda site, x: met.setdefault(site.order, []).append(torch.randn_like(x)))
         modules = {order: next(iter(self._by_order[order].modules.values())) for order in met}
         layers = {order: (modules[order], own) for order, own in met.items()}
-        return Stopwatch(lambda: self._run(batch), lambda: evaluation(self.model), layers)
+        return Stopwatch(lambda: self._run(batch), lambda: evaluation(self.model, timed=True), layers)
 
     # ---- cutting
 

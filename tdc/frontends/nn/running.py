@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
+from .products import fast_products
 
 __all__ = ["copy_without", "evaluation", "holding", "hooks", "pre_hooks", "standing_in", "untrained"]
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module, *, timed: bool = False) -> Iterator[None]:
     """Evaluation mode inside, with fixed random numbers; modes, buffers and random state are as before after it.
 
-    The fused kernels of ``nn.TransformerEncoder`` are off: they pass hooks by, and make nested tensors.
+    The fused kernels of ``nn.TransformerEncoder`` are off: they pass hooks by, and make nested tensors. Products of
+    matrices are by the faster library, unless the time is what matters (``timed``).
     """
     training = [module for module in model.modules() if module.training]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
@@ -28,7 +30,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), nullcontext() if timed else fast_products():
             torch.manual_seed(0)
             yield
     finally:
