@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tdc import decompositions
 from tdc.ir import Candidate, Hidden, Metric, Plan, Site
+from tdc.statistics import SiteStatistics
 from tdc.targets import Target
 
 from .base import Members, Unit
@@ -23,6 +25,7 @@ __all__ = [
     "hidden_step",
     "kept_among",
     "kept_units",
+    "met_together",
     "narrowed",
     "sites_of",
     "widened",
@@ -45,6 +48,26 @@ def sites_of(site: Site, here: Mapping[int, Site]) -> tuple[Site, ...] | None:
     if not found or len(found) < len(producers) or any(s.uses > 1 or s.kind.is_conv for s in (*found, site)):
         return None
     return (*found, site) if all(p.axes["o"] == site.axes["i"] for p in found) else None
+
+
+def met_together(sites: Iterable[Site], known: Mapping[int, SiteStatistics]) -> tuple[Site, ...]:
+    """The sites that statistics know, linked to those only that read as many rows of the calibration data: where one
+    that gives hidden units has run without the one that reads them, something else reads them, too.
+    """
+
+    def alike(order: int, site: Site) -> bool:
+        return order in known and known[order].seen == known[site.order].seen
+
+    found = []
+    for site in (site for site in sites if site.order in known):
+        consumer = site.pointwise_consumer
+        changes: dict[str, Any] = {}
+        if consumer is not None and not alike(consumer, site):
+            changes["pointwise_consumer"] = None
+        if not all(alike(order, site) for order in site.hidden_producers):
+            changes["hidden_producers"] = ()
+        found.append(replace(site, **changes) if changes else site)
+    return tuple(found)
 
 
 def hidden_members(choices: Iterable[Candidate]) -> dict[int, Members]:

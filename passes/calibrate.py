@@ -29,7 +29,7 @@ from tdc.statistics import (
 )
 
 from ._backwards import Anchors, Backwards, stored_moment
-from ._hidden import eliminated, narrowed, sites_of, widened
+from ._hidden import eliminated, met_together, narrowed, sites_of, widened
 from ._split_half import split_half
 from .base import Pass, Unit
 from .propose_layouts import SMALL_ERROR
@@ -98,7 +98,7 @@ class Calibrate(Pass):
 
 
 def _covered(unit: Unit) -> Unit:
-    """The unit with only those sites that its statistics know."""
+    """The unit with only those sites that its statistics know, as they say that these hang together."""
     assert unit.statistics is not None
     known = unit.statistics.of(unit.sites)
     if unit.sites and not known:
@@ -108,7 +108,7 @@ def _covered(unit: Unit) -> Unit:
         for site in unit.sites
         if site.order not in known
     ]
-    return unit.having(sites=tuple(site for site in unit.sites if site.order in known)).remarking(*remarks)
+    return unit.having(sites=met_together(unit.sites, known)).remarking(*remarks)
 
 
 def _gather(unit: Unit, anchors: Anchors) -> Statistics:

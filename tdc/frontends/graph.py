@@ -5,7 +5,7 @@ Shared by the frontends whose models become such graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -79,8 +79,8 @@ def channel_axis(node: fx.Node) -> int:
     return 1 if operator(node) in CONVOLUTIONS and rank > 2 else rank - 1
 
 
-def pointwise_reader(use: fx.Node, source: fx.Node) -> fx.Node | None:
-    """The one linear operator that reads ``source`` through elementwise functions only.
+def pointwise_reader(use: fx.Node, source: fx.Node, watched: Collection[fx.Node] = ()) -> fx.Node | None:
+    """The one linear operator that reads ``source`` through elementwise functions only, none of them ``watched``.
 
     ``source`` is the output of the linear operator ``use``, or of the normalisation folded into that. None for
     convolutions: a gather of their channels costs little, and each keeps its order.
@@ -91,6 +91,8 @@ def pointwise_reader(use: fx.Node, source: fx.Node) -> fx.Node | None:
     while frontier:
         node = frontier.pop()
         for user in node.users:
+            if user in watched:
+                return None
             if reads(user, activation=node) and operator(user) not in CONVOLUTIONS:
                 readers.add(user)
             elif not _passes(user, node):
@@ -104,10 +106,10 @@ def pointwise_reader(use: fx.Node, source: fx.Node) -> fx.Node | None:
     return readers.pop()
 
 
-def hidden_sources(use: fx.Node, outputs: Mapping[fx.Node, int]) -> tuple[int, ...]:
+def hidden_sources(use: fx.Node, outputs: Mapping[fx.Node, int], watched: Collection[fx.Node] = ()) -> tuple[int, ...]:
     """Whose outputs the input of a linear operator is made of by elementwise functions, where all of these have its
-    rank and last axis and go nowhere else; () where it is not so. ``outputs``: of other linear operators, each with its
-    number.
+    rank and last axis and go nowhere else, and none is ``watched``; () where it is not so. ``outputs``: of other linear
+    operators, each with its number.
     """
     if operator(use) not in _SLOTS or operator(use) in CONVOLUTIONS:
         return ()
@@ -116,7 +118,7 @@ def hidden_sources(use: fx.Node, outputs: Mapping[fx.Node, int]) -> tuple[int, .
     inside, frontier, sources = {start}, [start], set()
     while frontier:
         node = frontier.pop()
-        if not isinstance(node, fx.Node):
+        if not isinstance(node, fx.Node) or node in watched:
             return ()
         if node in outputs:
             sources.add(outputs[node])

@@ -24,6 +24,8 @@ __all__ = ["SiteStatistics", "Statistics", "damped", "shrunk"]
 _FORMAT = "tdc-statistics"
 _VERSION = 3
 _DAMPING = 0.1
+_ALIKE = 1e-5
+"""Rows whose variance is less than this fraction of their mean square are all alike."""
 _SILENT = 1e-6
 """Sensitivities below this fraction of that at a larger error are taken for it."""
 _LEAST = 1e-9
@@ -200,8 +202,7 @@ class Statistics:
             spread = moment - response[..., :, None] * response[..., None, :]
             return Metric("input", mean=mean, output_moment=spread)
         if entry.site.bias:
-            moment = moment - mean[..., :, None] * mean[..., None, :]
-            moment.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
+            moment = _centred(moment, mean)
         return Metric("input", shrunk(moment, entry.rows) if fitting else moment, mean if entry.site.bias else None)
 
     def save(self, path: str | Path) -> None:
@@ -281,6 +282,17 @@ def _wrong_gradient(gradient: Tensor, entry: SiteStatistics) -> str:
     if not bool(torch.isfinite(gradient).all()):
         return "the gradients are not finite"
     return _no_moment(gradient)
+
+
+def _centred(moment: Tensor, mean: Tensor) -> Tensor:
+    """``S - E[x] E[x]^T`` of one moment or several; a multiple of the identity for rows that are all alike, which leave
+    only rounding.
+    """
+    spread = moment - mean[..., :, None] * mean[..., None, :]
+    own = spread.diagonal(dim1=-2, dim2=-1).clamp_(min=0)
+    least = _ALIKE * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    alike = own.mean(-1)[..., None, None] <= least
+    return torch.where(alike, least * torch.eye(moment.shape[-1], dtype=moment.dtype), spread)
 
 
 def _no_moment(moment: Tensor) -> str:

@@ -25,7 +25,7 @@ from ..graph import (
 from .fold import Norm
 from .layers import NORMS
 
-__all__ = ["Capture", "Use", "capture"]
+__all__ = ["Capture", "Use", "capture", "is_hooked"]
 
 _PREFIX = "model."
 
@@ -65,6 +65,8 @@ class Capture:
     uses: Mapping[str, tuple[Use, ...]]
     parameters: Mapping[fx.Node, str] = field(default_factory=dict)
     """Qualified names of the parameters that are nodes of the graph."""
+    watched: frozenset[fx.Node] = frozenset()
+    """Operators of modules with hooks, which see what these read and give."""
 
     def gain_before(self, use: Use) -> str | None:
         """Name of the gain with which a normalisation in front multiplies the input of a linear operator."""
@@ -80,7 +82,7 @@ class Capture:
         calls = [n for n in node.graph.nodes if operator(n) in BATCH_NORMS and _module_of(n) == path]
         if not isinstance(module, NORMS) or module.running_mean is None or len(calls) != 1:
             return None
-        if module._forward_hooks or module._forward_pre_hooks or channel_axis(use.node) != 1:
+        if is_hooked(module) or channel_axis(use.node) != 1:
             return None
         paths = tuple(name for name, m in model.named_modules(remove_duplicate=False) if m is module)
         if operator(node) != "batch_norm":  # the functional form gives a tuple
@@ -91,12 +93,12 @@ class Capture:
         """Position of the one linear operator that reads this one's output through elementwise functions only. The
         output is that of the normalisation where one is folded.
         """
-        reader = pointwise_reader(use.node, use.node if norm is None else norm.output)
+        reader = pointwise_reader(use.node, use.node if norm is None else norm.output, self.watched)
         return next((u.position for uses in self.uses.values() for u in uses if u.node is reader), None)
 
     def hidden_producers(self, use: Use, outputs: Mapping[fx.Node, int]) -> tuple[int, ...]:
         """See :func:`tdc.frontends.graph.hidden_sources`."""
-        return hidden_sources(use.node, outputs)
+        return hidden_sources(use.node, outputs, self.watched)
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Capture | Decline:
@@ -118,7 +120,14 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             uses[names[node.name]] = tuple(
                 Use(positions[u], str(u.target), _module_of(u), reads(u, weight=node), u) for u in readers
             )
-    return Capture(uses, {n: names[n.name] for n in program.graph.nodes if n.op == "placeholder" and n.name in names})
+    parameters = {n: names[n.name] for n in program.graph.nodes if n.op == "placeholder" and n.name in names}
+    hooked = {path for path, module in model.named_modules(remove_duplicate=False) if is_hooked(module)}
+    return Capture(uses, parameters, frozenset(node for node in positions if _module_of(node) in hooked))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook looks at what goes into a module, or comes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _FloatingOutputs(nn.Module):

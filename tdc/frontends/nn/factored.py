@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -19,12 +19,14 @@ from .layers import padded, stored_weight
 from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
 from .sharing import Sharing, own_part, shared_part
 
-__all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored", "place"]
+__all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored"]
 
 Runner = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS += ("_state_dict_hooks", "_state_dict_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_HOOK_FLAGS += ("_is_full_backward_hook",)
 
 
 _SIZES = {"in_features": "i", "nx": "i", "out_features": "o", "nf": "o"}
@@ -34,9 +36,9 @@ _SIZES = {"in_features": "i", "nx": "i", "out_features": "o", "nf": "o"}
 class Factored(nn.Module):
     """A layer whose weight is never formed: ``block`` runs on the factors.
 
-    The factors are parameters ``weight_<name>`` and can be trained; index factors are buffers. Hooks of the replaced
-    module are carried over. Source of the form: see the decomposition. Layers that read the same input can share
-    factors, which one of them, the lead, holds; see :mod:`.sharing`.
+    The factors are parameters ``weight_<name>`` and can be trained; index factors are buffers. Hooks and attributes of
+    the replaced module are carried over. Source of the form: see the decomposition. Layers that read the same input can
+    share factors, which one of them, the lead, holds; see :mod:`.sharing`.
     """
 
     bias: Tensor | None
@@ -69,6 +71,7 @@ class Factored(nn.Module):
         for name in (*_HOOKS, *_HOOK_FLAGS):
             if name in replaced.__dict__:
                 self.__dict__[name] = replaced.__dict__[name]
+        self.__dict__.update({key: value for key, value in _attributes(replaced).items() if key not in self.__dict__})
         self.__dict__["_skeleton"] = _skeleton(replaced)
 
     @property
@@ -153,7 +156,7 @@ class Factored(nn.Module):
         sharing: Sharing | None = self.__dict__["_sharing"]
         if sharing is None:
             return {}
-        return sharing.values(given, lambda: self._values(activation, sharing.common(ops, self.block.input)))
+        return sharing.values(self, given, lambda: self._values(activation, sharing.common(ops, self.block.input)))
 
     def _values(self, activation: Tensor, ops: tuple[Op, ...]) -> dict[str, Tensor]:
         values = {self.block.input: activation}
@@ -316,16 +319,11 @@ def factored(
     return made(replaced, block, factors, decomposition, bias, sharing)
 
 
-def place(model: nn.Module, swaps: Iterable[tuple[str, nn.Module]]) -> None:
-    """Put modules at their paths. The fused evaluation path of torch's own encoder layers is switched off where a
-    part of them is replaced: it reads the dense weights, which would be formed at every call.
-    """
-    for path, module in swaps:
-        parent_path, _, child = path.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        setattr(parent, child, module)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Plain ones, of the module and of classes derived from torch's."""
+    kinds = [kind for kind in reversed(type(module).__mro__) if kind.__module__.partition(".")[0] != "torch"]
+    derived = {k: v for kind in kinds for k, v in vars(kind).items() if k[:2] != "__" and not hasattr(v, "__get__")}
+    return derived | vars(module)
 
 
 def _skeleton(module: nn.Module) -> nn.Module:

@@ -20,9 +20,10 @@ from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Loss, Replacement, Tap, passed_over_weight, sketch
 from .batches import Call, answer, as_call, as_calls, copied, unpadded_in
 from .capture import Capture, Use, capture
-from .factored import Factored, factored, place
+from .factored import Factored, factored
 from .fold import Norm, fold
 from .layers import canonical_weight, kind_of, padded, stored_weight, weight_sizes, windows_of
+from .placing import place
 from .prefix import Prefix, prefixes
 from .reads import Reads, marking
 from .residual import Connections, Kept
@@ -102,11 +103,13 @@ class NnProgram:
         free = {k: use for k, use in enumerate(uses) if use and is_unwatched(self._by_order[k])}
         orders = {use.position: k for k, use in enumerate(uses) if use}
         outputs = {use.node: k for k, use in free.items() if k not in self._norms and sites[k].uses == 1}
+        unread = {n for w in self._weights if not any(seen.uses.get(name) for name in w.names) for n in w.tensor.shape}
         linked = []
         for k, site in enumerate(sites):
             consumer, producers = None, tuple[int, ...]()
-            if k in free:
+            if k in free and site.axes["o"] not in unread:  # what the example does not reach could read them
                 consumer = seen.pointwise_consumer(free[k], self._norms.get(k))
+            if k in free and site.axes["i"] not in unread:
                 producers = seen.hidden_producers(free[k], outputs)
             reader = orders.get(-1 if consumer is None else consumer)
             linked.append(replace(site, pointwise_consumer=reader, hidden_producers=producers))

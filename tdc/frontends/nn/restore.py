@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ...errors import PlanError
 from ...ir import Block, Site
-from .factored import Factored, factored, place
+from .factored import Factored, factored
 from .layers import kind_of
+from .placing import place
 from .sharing import Sharing
 
 __all__ = ["Saved", "restore"]
@@ -66,7 +67,7 @@ def restore(
     for group in groups:
         source = next((name for name in sorted(group) if name in loaded), None)
         if source is not None:
-            _tie(model, source, sorted(group - {source}))
+            _tie(model, source, sorted(group - loaded))
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise PlanError(

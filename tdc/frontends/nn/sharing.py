@@ -21,9 +21,10 @@ class Sharing:
     """What the layers of one group have in common. ``shared``: names of the factors that the first one, the ``lead``,
     holds for all.
 
-    The first layer that is called with an input leaves what it has computed; the others take it as long as the input is
-    the same tensor, unchanged, in the same mode, and the factors are. It is dropped once each of them has had it. While
-    a compiler traces, each computes it by itself: compilers merge what is equal.
+    The first layer that is called with an input leaves what it has computed; the others take it, each once, as long as
+    the input is the same tensor, unchanged, in the same mode, and the factors are. It is dropped once each of them has
+    had it, or one asks again (changes of inference tensors, and of memory that is numpy's, cannot be seen), or
+    gradients have run through it. While a compiler traces, each computes it by itself: compilers merge what is equal.
     """
 
     lead: nn.Module
@@ -50,18 +51,26 @@ class Sharing:
             self._common[ops] = tuple(found)
         return self._common[ops]
 
-    def values(self, given: Tensor, make: Callable[[], Values]) -> Values:
+    def values(self, layer: nn.Module, given: Tensor, make: Callable[[], Values]) -> Values:
         """What ``make`` gives for this input; what it gave to another layer where that is still true."""
         if torch.compiler.is_compiling() or not isinstance(given, Tensor):
             return make()
         state, kept = self._state(given), self._kept
-        if kept is not None and kept[0]() is given and kept[1] == state:
+        if kept is not None and kept[0]() is given and kept[1] == state and id(layer) not in kept[3]:
             values: Values = kept[2]
-            self._kept = (*kept[:3], kept[3] - 1) if kept[3] > 1 else None
+            self._kept = (*kept[:3], {*kept[3], id(layer)}) if len(kept[3]) + 1 < self.count else None
             return values
         made = make()
-        self._kept = (weakref.ref(given), state, made, self.count - 1) if self.count > 1 else None
+        self._kept = (weakref.ref(given), state, made, {id(layer)}) if self.count > 1 else None
+        if torch.is_grad_enabled() and self._kept is not None:
+            for value in made.values():
+                if value.requires_grad and value is not given:
+                    value.register_hook(self._drop)
         return made
+
+    def _drop(self, gradient: Tensor) -> None:
+        """The graph behind the values may be gone now."""
+        self._kept = None
 
     def _state(self, given: Tensor) -> tuple[Any, ...]:
         factors = [getattr(self.lead, f"weight_{name}") for name in sorted(self.shared)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError
 from ...ir import Decline
-from .capture import Capture, Use
+from .capture import Capture, Use, is_hooked
 from .layers import kind_of, weight_sizes, windows_of
 
 __all__ = [
@@ -83,7 +83,7 @@ def _held_elsewhere(weight: Weight) -> Decline | None:
 
 def is_unwatched(weight: Weight) -> bool:
     """No hook looks at what goes into or comes out of its modules."""
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in weight.modules.values())
+    return not any(is_hooked(m) for m in weight.modules.values())
 
 
 Place = tuple[int, int, Use | None]
