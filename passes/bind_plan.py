@@ -47,8 +47,8 @@ class BindPlan(Pass):
         for choice, site in zip(plan.choices, found, strict=True):
             if site is None:
                 raise PlanError(_misfit(choice.site, unit))
-            bound.append(replace(choice, site=site))
-        _check_hidden(bound, {site.order: site for site in unit.sites})
+            bound.append(replace(choice, site=site, hidden=None if choice.is_dense else choice.hidden))
+        _check_hidden(bound, {site.order: site for site in unit.sites}, plan.metric)
         bound, apart = _whole_groups(bound)
         remarks += apart
         bound = [_bound(choice, unit, known.get(choice.site.order)) for choice in bound]
@@ -92,8 +92,10 @@ def _whole_groups(bound: list[Candidate]) -> tuple[list[Candidate], list[Remark]
     return [_alone(c) if c.site.order in alone else c for c in bound], remarks
 
 
-def _check_hidden(bound: list[Candidate], here: Mapping[int, Site]) -> None:
-    """Raises PlanError where hidden units are to be left out that this model does not have."""
+def _check_hidden(bound: list[Candidate], here: Mapping[int, Site], metric: str) -> None:
+    """Raises PlanError where hidden units are to be left out that this model does not have, or by some of the sites
+    around them only, or without a moment of them.
+    """
     for members in hidden_members(bound).values():
         reader = members[-1]
         own = sites_of(reader.site, here) or ()
@@ -102,10 +104,17 @@ def _check_hidden(bound: list[Candidate], here: Mapping[int, Site]) -> None:
         wanted = {(s.order, "i" if s is own[-1] else "o", width) for s in own}
         if told != wanted or not 1 <= width <= reader.site.axes["i"]:
             names = ", ".join(c.site.name for c in members)
-            raise PlanError(f"the plan keeps {width} hidden units between {names}: they cannot be left out here")
+            raise PlanError(
+                f"the plan keeps {width} hidden units between {names}: they cannot be left out here, or other sites "
+                f"around them are dense in the plan"
+            )
+        if metric == "weight":
+            raise PlanError(f"the plan leaves out what {reader.site.name} reads: metric must be input or fisher")
 
 
 def _alone(choice: Candidate) -> Candidate:
+    if choice.is_dense:
+        return replace(choice, joint=None)
     full = decompositions.get(choice.decomposition).full_ranks(choice.site.axes, choice.variant)
     ranks = tuple((axis, min(rank, full.get(axis, rank))) for axis, rank in choice.ranks)
     return replace(choice, joint=None, ranks=ranks)

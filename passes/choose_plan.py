@@ -153,7 +153,10 @@ def _with_groups(unit: Unit, budget: Budget) -> _Choice:
         if wanted == joined:
             break
         joined = wanted
-        found = _allocated(unit, budget, joined)
+        try:
+            found = _allocated(unit, budget, joined)
+        except BudgetError:  # together they cannot be as small as apart
+            break
         price = found.price or price
         best = min(best, found, key=lambda choice: choice.loss)
     if unit.joint:

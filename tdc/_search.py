@@ -139,7 +139,7 @@ class _Search:
         keep = self._within(limit * _MARGIN, low, high)
         while len(tried) < _ROUNDS:
             fitted = self._fitted(keep)
-            lost = self.goal.lost(fitted)
+            lost = self.goal.lost(fitted) if fitted.factors or keep == 1 else math.inf  # its fits lose it all
             tried.append((keep, lost))
             if lost <= limit:
                 best, high = fitted, keep
@@ -153,14 +153,20 @@ class _Search:
             if not low * _APART**0.5 < keep < high / _APART**0.5:
                 keep = (low * high) ** 0.5
         if best is None or not best.factors:
-            keep, lost = min(((k, value) for k, value in tried if k < high), key=lambda pair: pair[1])
-            raise BudgetError(
-                f"nothing smaller than dense that was tried stays within the limit of {limit:g} {self.goal.what}: "
-                f"{self.quantity}={keep:.4g} loses {lost:.4g}"
-            )
+            raise BudgetError(self._nothing([pair for pair in tried if pair[1] > limit]))
         lost = dict(tried)[high]
         reason = f"{self.quantity}={high:.4g} loses {lost:.4g} {self.goal.what}; {len(tried)} plans were measured"
         return best, Remark("", "search-plan", reason)
+
+    def _nothing(self, tried: Sequence[tuple[float, float]]) -> str:
+        """Why no plan was found; ``tried``: what stayed, and the loss of that, above the limit."""
+        if not tried:
+            return "nothing can be replaced by something smaller: the smallest plan is the dense model"
+        keep, lost = min(tried, key=lambda pair: pair[1])
+        return (
+            f"nothing smaller than dense that was tried stays within the limit of {self.goal.limit:g} "
+            f"{self.goal.what}: {self.quantity}={keep:.4g} loses {lost:.4g}"
+        )
 
     def _chosen(self, keep: float) -> Unit:
         options = replace(self.unit.options, budget={self.quantity: keep})

@@ -70,6 +70,8 @@ class Settings:
     cache: Path | None = None
     given: Any = None
     """The user's own mapping: kept, so that its identity stays its own."""
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    """What that mapping held."""
     warned: list[bool] = field(default_factory=list)
     """Not empty once it was said that gradients make the model run dense."""
     machine: Target | None = None
@@ -110,9 +112,16 @@ class Settings:
         if chosen.get("cache") is not None:
             chosen["cache"] = _folder(chosen["cache"])
         machine = targets.get(options.target)
-        made = cls(options, plan, statistics, **chosen, mode=mode, given=given, machine=machine)
+        made = cls(
+            options, plan, statistics, **chosen, mode=mode, given=given, entries=dict(given or {}), machine=machine
+        )
         made._check_values()
         return made
+
+    def is_of(self, given: Mapping[str, Any] | None) -> bool:
+        """Whether the user's mapping still holds what it did."""
+        now = dict(given or {})
+        return now.keys() == self.entries.keys() and all(now[name] is value for name, value in self.entries.items())
 
     def _check_values(self) -> None:
         for name, known in (

@@ -113,10 +113,10 @@ _known: weakref.WeakValueDictionary[tuple[int, str | None], Settings] = weakref.
 
 
 def _settings(options: Mapping[str, Any] | None, mode: str | None) -> Settings:
-    """One for all graphs of a compiled model: torch hands the same mapping over each time."""
+    """One for all graphs of a compiled model: torch hands the same mapping over each time, with the same values."""
     key = (id(options), mode)
     found = _known.get(key)
-    if found is None:
+    if found is None or not found.is_of(options):
         found = _known[key] = Settings.parse(options, mode)
         _recent.append(found)
     return found

@@ -60,6 +60,17 @@ def _same(node: ir.Node) -> np.ndarray | None:
     return known(node.inputs[0])
 
 
+def _cast(node: ir.Node) -> np.ndarray | None:
+    """The number itself, as all readers compute in float64, or want integers; unknown where a fraction is cut off."""
+    entries, like = known(node.inputs[0]), node.inputs[1] if node.op_type == "CastLike" else None
+    wanted = like.dtype if like is not None else ir.DataType(node.attributes.get_int("to", 0))
+    keeps = wanted is not None and wanted.is_floating_point()
+    whole = wanted is None or wanted.is_integer()
+    if entries is None or keeps:
+        return entries
+    return entries if whole and bool((entries == np.trunc(entries)).all()) else None
+
+
 def _shape(node: ir.Node) -> np.ndarray | None:
     tensor = stored(node.inputs[0]) if node.inputs[0] is not None else None
     return None if tensor is None else shape_part(node, tuple(tensor.shape.numpy()))
@@ -88,10 +99,11 @@ def _unsqueeze(node: ir.Node) -> np.ndarray | None:
 
 
 _RULES: Mapping[str, Callable[[ir.Node], np.ndarray | None]] = {
-    **dict.fromkeys(("Identity", "Cast", "CastLike"), _same),
+    "Identity": _same,
+    **dict.fromkeys(("Cast", "CastLike"), _cast),
     "Shape": _shape,
     "Expand": _expand,
     "Reshape": _reshape,
     "Unsqueeze": _unsqueeze,
 }
-"""Operator -> its value on constants; a cast keeps the number (all readers compute in float64, or want integers)."""
+"""Operator -> its value on constants."""

@@ -164,7 +164,7 @@ class Line:
         return Part(value, width)
 
     def _shape(self, inputs: list[ir.Value], width: int) -> ir.Shape | None:
-        moving = next(value for value in inputs if value.const_value is None)
+        moving = next(value for value in inputs if value.const_value is None or value.is_graph_input())
         if moving.shape is None:
             return None
         sizes = list(moving.shape)

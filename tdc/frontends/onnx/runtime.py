@@ -80,7 +80,7 @@ def _lend_initializers(model: ir.Model, options: onnxruntime.SessionOptions) -> 
             tensor = value.const_value
             if tensor is None:
                 continue
-            big = tensor.nbytes > _INLINE_BYTES and not where and not value.is_graph_input()
+            big = tensor.nbytes > _INLINE_BYTES and not where and not value.is_graph_input() and value.uses()
             if big and _plain(tensor.dtype):
                 names.append(value.name)
                 lent.append(_ort_value(onnxruntime, tensor))

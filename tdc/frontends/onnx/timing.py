@@ -13,6 +13,7 @@ import torch
 from ...ir import Block, Site
 from ..clock import Run, alike, copies_of, in_turn, part_of_run, seconds_of, stand_ins, stored_numbers
 from ..program import Kernel, Replacement
+from .constants import known
 from .emit import Emitter
 from .running import clone, moved
 from .runtime import Session
@@ -103,7 +104,7 @@ def whole(model: ir.Model, batch: Mapping[str, Any]) -> Run:
 
 
 def alone(source: ir.Model, met: Met) -> tuple[ir.Model, Use]:
-    """A model of one use alone, its activation the only input."""
+    """A model of one use alone, its activation the only input; without a bias that is no constant."""
     copy, values = clone(source)
     own = met.use if met.use.tail.norm is not None else replace(met.use, tail=NO_TAIL)
     use = moved(own, dict(zip(source.graph, copy.graph, strict=True)), values)
@@ -115,6 +116,8 @@ def alone(source: ir.Model, met: Met) -> tuple[ir.Model, Use]:
     output.type = output.type or ir.TensorType(dtype)
     graph = copy.graph
     reader.replace_input_with(place, entry)
+    if len(use.node.inputs) > 2 and known(use.node.inputs[2]) is None:
+        use.node.replace_input_with(2, None)
     graph.outputs.clear()
     graph.outputs.append(output)
     for node in reversed(list(graph)):
