@@ -136,17 +136,21 @@ Shapes = tuple[tuple[int, ...], ...]
 
 
 def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[Shapes]:
-    """The shapes of what each layer's own block is given when the model runs."""
+    """The shapes of what each layer's own block is given when the model runs, of images in the kernels' format."""
     found: list[dict[tuple[int, ...], None]] = [{} for _ in layers]
     modes = [(module, module.training) for module in model.modules()]
 
-    def noted(shapes: dict[tuple[int, ...], None]) -> Runner:
-        return lambda x, factors, bias: shapes.setdefault(tuple(x.shape))
+    def noted(layer: Runs, shapes: dict[tuple[int, ...], None]) -> Runner:
+        def note(x: Tensor, factors: Mapping[str, Tensor], bias: Tensor | None) -> None:
+            if not layer.own.kind.is_conv or x.is_contiguous(memory_format=memory_format(x.device.type)):
+                shapes.setdefault(tuple(x.shape))
+
+        return note
 
     try:
         model.eval()
         for layer, shapes in zip(layers, found, strict=True):
-            layer.use(noted(shapes))
+            layer.use(noted(layer, shapes))
         with torch.no_grad():
             for one in example if isinstance(example, list) else [example]:
                 if isinstance(one, Mapping):
@@ -178,6 +182,8 @@ def _chosen(
         return None, f"{name}: {found.kernel.limits}"
     if block.kind.is_conv and seen is None:
         return None, f"{name}: measured at the shapes of an example input, and there is none"
+    if block.kind.is_conv and not seen:
+        return None, f"{name}: not used, the example gives it no images in the memory format that it takes"
     shapes = seen if block.kind.is_conv else _flat(found, steps if seen is None else [_rows(s) for s in seen])
     ways = [measured] if found.kernel.device == "cpu" else [measured, measured_captured]
     chosen, texts = [], []

@@ -156,6 +156,9 @@ def _bound(choice: Candidate, unit: Unit, entry: SiteStatistics | None) -> Candi
 
 def _misfit(wanted: Site, unit: Unit) -> str:
     here = next((site for site in unit.sites if set(site.names) & set(wanted.names)), None)
+    left_out = next((r for r in unit.remarks if r.site in wanted.names and r.stage == "find-sites"), None)
+    if here is None and left_out is not None:
+        return f"the plan's site {wanted.name} is no site of this model: {left_out.reason}"
     if here is None:
         return (
             f"the plan's site {wanted.name} ({wanted.label}) is not in this model: no weight has its shape and sketch"

@@ -200,6 +200,8 @@ def _plan(options: argparse.Namespace) -> None:
     if options.pareto:
         if options.output:
             raise OptionError("--pareto prints several plans: give --budget for the one to write")
+        if options.paths or options.explain is not None:
+            raise OptionError("--pareto prints several plans: give --budget for the one to explain")
         del keywords["budget"]
         print(_visible(str(pareto(options.model, **keywords))))
         return
@@ -228,8 +230,11 @@ def _check_output(output: str, *read: str | None) -> None:
 
 def _compress(options: argparse.Namespace) -> None:
     from .api import compress_onnx
+    from .errors import OptionError
     from .frontends.onnx import file_size
 
+    if options.plan and (options.allow or options.metric != "auto"):
+        raise OptionError("the plan has its decompositions and its metric already: leave out --allow and --metric")
     _check_output(options.destination, options.model, options.plan, options.statistics, options.calibration)
     made = compress_onnx(options.model, options.destination, plan=options.plan, **_keywords(options))
     print(_visible(str(made)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -84,8 +84,20 @@ def _together(reports: list[Report]) -> Report:
     return Report(first.door, first.metric, first.statistics, first.target, first.budget, sites, before, after, remarks)
 
 
+def _options_of(compiled: nn.Module) -> Any:
+    """The mapping of options that a module was compiled with, by which torch has no public way to ask; else None."""
+    try:
+        from torch._dynamo.eval_frame import innermost_backend
+
+        context: Any = compiled.dynamo_ctx
+        backend: Any = innermost_backend(context.callback)
+        return backend.kwargs.get("options")
+    except (ImportError, AttributeError):
+        return None
+
+
 def _parts_of(compiled: nn.Module, *, or_none: bool = False) -> list[Part]:
-    """The parts whose weights a model holds."""
+    """The parts whose weights a model holds; where it was compiled several times, those of this time."""
     if not isinstance(compiled, nn.Module):
         raise ModelError(
             f"give the module that was compiled (for a compiled function, the module inside); got "
@@ -95,6 +107,8 @@ def _parts_of(compiled: nn.Module, *, or_none: bool = False) -> list[Part]:
     ids = {id(tensor) for tensor in chain(compiled.parameters(), compiled.buffers())}
     everything = [] if known is None else known.parts()
     found = [part for part in everything if any(ref() is not None and id(ref()) in ids for ref in part.weights)]
+    given = _options_of(compiled)
+    found = [part for part in found if part.settings.given is given] or found
     if not found and not or_none:
         raise ModelError(
             "this model has no graph that was compiled by TDC: torch.compile(model, backend='tdc'), and call it once "

@@ -201,8 +201,8 @@ _GONE = (
 
 
 def _forbid_use(tensors: Sequence[Tensor]) -> None:
-    """Let modules that hold such a tensor refuse to run eagerly and to give their state, which would crash or write
-    nothing.
+    """Let modules that hold such a tensor refuse to run eagerly, to give their state, and to be copied and pickled,
+    which would crash or write nothing.
     """
     ids = {id(tensor) for tensor in tensors}
     for thing in gc.get_objects():
@@ -211,11 +211,16 @@ def _forbid_use(tensors: Sequence[Tensor]) -> None:
         ):
             thing.register_forward_pre_hook(_refuse)
             thing.register_state_dict_pre_hook(_refuse_state)
+            thing.__dict__["__deepcopy__"] = thing.__dict__["__reduce_ex__"] = _refuse_copy
 
 
 def _refuse(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         raise ModelError(_GONE)
+
+
+def _refuse_copy(how: Any) -> None:
+    raise ModelError(_GONE)
 
 
 def _refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -214,13 +214,22 @@ def _dynamic_shapes(program: ExportedProgram) -> Any:
 
 
 def _dim(size: torch.SymInt, program: ExportedProgram, dims: dict[str, Any]) -> Any:
-    """One named dimension for every symbol, with its range; what is computed from symbols is found by export."""
-    symbol = size.node.expr
+    """One named dimension for every symbol, with its range, or a multiple of it plus a number; what else is computed
+    from symbols is found by export.
+    """
+    symbols = size.node.expr.free_symbols
+    symbol = next(iter(symbols), None)
     bounds = program.range_constraints.get(symbol)
-    if bounds is None or not symbol.is_symbol:
+    if bounds is None or len(symbols) != 1:
+        return Dim.AUTO
+    times = size.node.expr.coeff(symbol)
+    more = size.node.expr - times * symbol
+    if not (times.is_Integer and more.is_Integer and times > 0):
         return Dim.AUTO
     if str(symbol) not in dims:
         low, high = int(bounds.lower), bounds.upper
         most = {"max": int(high)} if getattr(high, "is_Integer", False) else {}  # not infinity
         dims[str(symbol)] = Dim(f"d_{symbol}", min=max(low, 0), **most)
-    return dims[str(symbol)]
+    dim = dims[str(symbol)]
+    dim = dim if times == 1 else int(times) * dim
+    return dim if more == 0 else dim + int(more)

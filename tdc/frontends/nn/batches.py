@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from ...errors import CalibrationError
 from ..graph import floating_outputs
@@ -117,9 +118,18 @@ def _lengths(batch: Any) -> set[int]:
 
 
 def copied(call: Call) -> Call:
-    """A copy of the tensors of a batch, which a forward may change."""
-    copy: Call = tree_map_only(Tensor, torch.clone, call)
-    return copy
+    """A copy of the tensors of a batch, and of objects such as caches, which a forward may change."""
+    new: Call = tree_map(_copy_of, call)
+    return new
+
+
+def _copy_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # it cannot be copied: it is handed on as it is
+        return value
 
 
 def answer(model: nn.Module, call: Call) -> Any:

@@ -23,12 +23,9 @@ __all__ = ["Factored", "FactoredConv", "FactoredLinear", "factored"]
 
 Runner = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HOOKS += ("_state_dict_hooks", "_state_dict_pre_hooks")
-_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-_HOOK_FLAGS += ("_is_full_backward_hook",)
-
-
+_HOOKS = [f"_{name}{kind}" for name in ("forward", "backward", "state_dict") for kind in ("_hooks", "_pre_hooks")]
+_HOOK_FLAGS = ["_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"]
+_HOOK_FLAGS += ["_is_full_backward_hook"]
 _SIZES = {"in_features": "i", "nx": "i", "out_features": "o", "nf": "o"}
 """What linear layers call the sizes of their axes."""
 

@@ -25,6 +25,7 @@ def evaluation(model: nn.Module, *, timed: bool = False) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    held = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
@@ -37,6 +38,9 @@ def evaluation(model: nn.Module, *, timed: bool = False) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module in training:
             module.training = True
+        for own, were in held:
+            if any(own.get(name) is not buffer for name, buffer in were.items()):
+                own.update(were)
         with torch.no_grad():
             for buffer, version, before in buffers:
                 if buffer._version != version:
