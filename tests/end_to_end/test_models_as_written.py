@@ -155,6 +155,14 @@ def test_attributes_and_hooks_of_a_replaced_layer_stay() -> None:
     assert seen == ["backward", "state"]
 
 
+def test_a_layer_with_a_forward_of_its_own_stays() -> None:
+    model, x = mlp(), torch.randn(64, WIDTH)
+    layer = model[0]
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
+    small = tdc.compress(model, x, budget="params=0.5", progress=False)
+    assert [site.name for site in tdc.report(small).sites] == ["2.weight"]
+
+
 def test_layers_that_share_are_right_whichever_is_called() -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:

@@ -68,7 +68,7 @@ class Factored(nn.Module):
         for name in (*_HOOKS, *_HOOK_FLAGS):
             if name in replaced.__dict__:
                 self.__dict__[name] = replaced.__dict__[name]
-        self.__dict__.update({key: value for key, value in _attributes(replaced).items() if key not in self.__dict__})
+        self.__dict__.update({key: value for key, value in _attributes(replaced).items() if not hasattr(self, key)})
         self.__dict__["_skeleton"] = _skeleton(replaced)
 
     @property

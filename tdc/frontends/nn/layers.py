@@ -28,9 +28,9 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 def kind_of(module: nn.Module) -> OpKind | None:
     """``linear`` for ``nn.Linear`` and the transposed ``Conv1D`` of transformers, ``conv1d`` to ``conv3d`` for torch's
-    convolutions (and subclasses with their forward); None for every other module.
+    convolutions (and subclasses with their forward); None for every other module, and objects with one of their own.
     """
-    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations"):
+    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "parametrizations") or "forward" in vars(module):
         return None
     if not isinstance(module._parameters.get("weight"), Tensor):
         return None
