@@ -14,9 +14,10 @@ from tdc.memory import give_back
 from tdc.statistics import SiteStatistics
 from tdc.statistics.patches import unpadded_rows
 
+from ._errors import optimism, relative_error
 from ._pair import Pair
 from .base import Unit
-from .propose_layouts import metric_name
+from .propose_layouts import lowered, metric_name, metric_of
 
 __all__ = ["Anchored", "anchors_of"]
 
@@ -67,6 +68,8 @@ class Anchored:
     Where the output is added to something, s in the dense model and t in the other (a residual connection), the sum is
     what the layers behind it read: then ``E ||(W x + s) - (W_hat z + t)||^2`` is least, with ``E[(s - t) z^T]`` added
     to ``W E[(x - z) z^T]``, and ``E[s - t]`` to what the bias takes up.
+
+    Where such a fit loses all that the site gives in the dense model, it is fitted by itself.
     """
 
     unit: Unit
@@ -101,7 +104,7 @@ class Anchored:
         weights = [self.unit.program.weight(site) for site in sites]
         doubles = [weight.double() for weight in weights]
         metrics = [self.metric(site, double) for site, double in zip(sites, doubles, strict=True)]
-        anchor = None
+        anchor, dense = None, (doubles, metrics)
         if activations and self.changes and all(_can_anchor(self.known.get(site.order), site) for site in sites):
             moments = self._moments(sites[0], activations, beside if len(sites) == 1 else ())
             anchor = moments if moments.moved else None
@@ -110,6 +113,10 @@ class Anchored:
             doubles, metrics = [double for double, _ in pairs], [metric for _, metric in pairs]
             self.anchored |= {site.order for site in sites}
         fits = self.fitted(choices, doubles, metrics)
+        if anchor is not None and any(self._loses_all(*row) for row in zip(choices, weights, fits, strict=True)):
+            anchor, (doubles, metrics) = None, dense
+            self.anchored -= {site.order for site in sites}
+            fits = self.fitted(choices, doubles, metrics)
         for site, weight, metric, (factors, rebuilt) in zip(sites, weights, metrics, fits, strict=True):
             self.advance()
             if not factors:
@@ -121,6 +128,15 @@ class Anchored:
                 self.shifts[site.order] = shift
             self.changes[site.order] = Change(rebuilt.to(weight.dtype), shift)
         give_back()
+
+    def _loses_all(self, choice: Candidate, weight: Tensor, fit: tuple[Mapping[str, Tensor], Tensor]) -> bool:
+        """Whether a fit to what the cut model makes of the data is worse than none on that of the dense one."""
+        site, (factors, rebuilt), entry = choice.site, fit, self.known.get(choice.site.order)
+        if not factors:
+            return False
+        metric = metric_of(self.unit, site, entry, weight.double(), fitting=False)
+        lost = relative_error(weight.double(), rebuilt.double(), metric, site)
+        return not optimism(choice, lowered(self.unit.target, choice)[0], entry) * lost < 1
 
     def _moments(self, site: Site, activations: Sequence[Tensor], beside: Sequence[Tensor | None]) -> Pair:
         """Worked out once for linear sites that read the same activations one after the other."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tdc import decompositions
-from tdc.ir import Candidate, Layout, Metric, Remark, Site
-from tdc.statistics import SiteStatistics
+from tdc.ir import Metric, Remark
 
+from ._errors import optimism, relative_error
 from ._hidden import widened
 from .base import Pass, SiteErrors, Unit
 from .fit_factors import left_dense
@@ -55,10 +54,10 @@ class CheckError(Pass):
             if choice.hidden is not None:
                 rebuilt = widened(choice.hidden, unit.kept[choice.hidden.group], rebuilt, weight)
             metric = metric_of(unit, choice.site, known.get(order), weight, fitting=False)
-            expected = _optimism(choice, layout, known.get(order)) if metric.name != "weight" else 1.0
+            expected = optimism(choice, layout, known.get(order)) if metric.name != "weight" else 1.0
             errors[order] = found = SiteErrors(
-                expected * _relative(weight, rebuilt, metric, choice.site),
-                _relative(weight, rebuilt, Metric("weight"), choice.site),
+                expected * relative_error(weight, rebuilt, metric, choice.site),
+                relative_error(weight, rebuilt, Metric("weight"), choice.site),
                 decompositions.cancellation(stored, layout),
             )
             by_itself = order not in unit.anchored and choice.joint is None
@@ -77,40 +76,3 @@ class CheckError(Pass):
         unit = left_dense(unit, failed).remarking(*remarks)
         kept = {order: e for order, e in errors.items() if order not in failed}
         return unit.having(errors=kept, shifts={order: s for order, s in shifts.items() if order in kept})
-
-
-def _relative(weight: Tensor, rebuilt: Tensor, metric: Metric, site: Site) -> float:
-    """The metric of ``W - W_hat`` as a fraction of the mean square of ``W x``; 0 if both vanish."""
-    whole, part = (decompositions.whitened(w, metric) for w in (weight, rebuilt))
-    dense, new = (w.weight.reshape(*site.matrix) for w in (whole, part))
-    metric = whole.metric
-    if metric.output_moment is not None:
-        lost = _projection_error(dense, new, metric.output_moment)
-    else:
-        product = dense - new
-        if metric.second_moment is not None:
-            product = product @ metric.second_moment.reshape(-1, dense.shape[2], dense.shape[2])
-        lost = max(float((product * (dense - new)).sum()), 0.0)
-    energy = decompositions.energy(dense, metric)
-    if energy <= 0:
-        return 0.0 if lost == 0 else float("inf")
-    return lost / energy
-
-
-def _optimism(choice: Candidate, layout: Layout, entry: SiteStatistics | None) -> float:
-    """``(N + p) / (N - p)``: by how much the error on other data exceeds that on the N rows of a least-squares fit of p
-    coordinates (Hocking 1976), up to a factor of three.
-    """
-    fitted = decompositions.get(choice.decomposition).fitted(layout)
-    if choice.hidden is not None and choice.hidden.axis == "i":
-        fitted = choice.hidden.width
-    rows = entry.rows if entry is not None else 0
-    return (rows + fitted) / (rows - fitted) if rows > 2 * fitted else 3.0
-
-
-def _projection_error(dense: Tensor, rebuilt: Tensor, moment: Tensor) -> float:
-    """``tr((I - A) C (I - A)^T)`` with ``W_hat = A W`` (least squares), C (g, o, o) the moment of ``W x``."""
-    gram = dense @ dense.mT
-    project = (torch.linalg.pinv(gram, hermitian=True) @ dense @ rebuilt.mT).mT
-    rest = torch.eye(dense.shape[1], dtype=dense.dtype) - project
-    return max(float((rest @ moment * rest).sum()), 0.0)

@@ -111,7 +111,10 @@ def with_costs(unit: Unit, members: Sequence[Candidate], known: Mapping[int, Sit
     made = []
     for place, choice in enumerate(members):
         site = choice.site
-        layout, block = lowered(unit.target, choice)
+        try:
+            layout, block = lowered(unit.target, choice)
+        except ValueError:  # the rank is more than one of them has outputs
+            return None
         common = decompositions.shared(layout)
         if isinstance(block, Decline) or unit.program.declines(site, block) is not None:
             return None

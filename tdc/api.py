@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +27,7 @@ from .archive import RECORD, load, note_in_config, noted, save, stored_report
 from .errors import BudgetError, ModelError, OptionError
 from .front import Front, front_of
 from .frontends.nn import Factored, NnProgram, as_call, times
+from .frontends.nn.running import copy_without
 from .heal import Heal, heal, healed
 from .ir import Cost, Plan
 from .kernels import accelerate
@@ -311,7 +311,7 @@ def densify(small: M) -> M:
     """
     if not any(isinstance(module, Factored) for module in small.modules()):
         raise ModelError("the model has no factored layer: nothing to densify")
-    dense = copy.deepcopy(small)
+    dense = copy_without(small)
     made: dict[int, nn.Module] = {}
     weights: dict[tuple[int, ...], nn.Parameter | None] = {}
     for path, module in list(dense.named_modules(remove_duplicate=False)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from .errors import ModelError, PlanError
 from .files import atomic_write, checked_destination
 from .frontends.nn import Factored
 from .frontends.nn.restore import Saved, restore
+from .frontends.nn.running import copy_without
 from .ir import Decline, Plan, Remark
 from .passes.propose_layouts import lowered
 from .report import Report
@@ -92,7 +92,7 @@ def load(path: str | Path, model: M) -> M:
     """
     head, tensors = _read(Path(path))
     plan = Plan.from_json(head["plan"])
-    new = copy.deepcopy(model)
+    new = copy_without(model)
     target = targets.get(plan.target)
     rows: list[Saved] = []
     for choice in sorted(plan.choices, key=lambda choice: choice.site.order):

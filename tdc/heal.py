@@ -219,7 +219,10 @@ class _Work:
                 loss = self._minimised(mixed or self.steps[k], self.share * _cosine(step, total), kept=mixed is None)
                 if not loss.requires_grad:
                     raise ModelError("the outputs of the compressed model have no gradient: is it run without?")
-                loss.backward()
+                try:
+                    loss.backward()
+                except RuntimeError as error:
+                    raise ModelError(f"the compressed model cannot run backwards: {error}") from error
             norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * group["size"] * _cosine(step, total)

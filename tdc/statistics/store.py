@@ -24,6 +24,8 @@ __all__ = ["SiteStatistics", "Statistics", "damped", "shrunk"]
 _FORMAT = "tdc-statistics"
 _VERSION = 3
 _DAMPING = 0.1
+_VANISHED = 1e4 * torch.finfo(torch.float32).tiny
+"""Mean squares of gradients, in float32, below which rounding is all that is left."""
 _ALIKE = 1e-5
 """Rows whose variance is less than this fraction of their mean square are all alike."""
 _SILENT = 1e-6
@@ -332,7 +334,7 @@ def damped(gradient: Tensor) -> Tensor:
     mean = gradient.diagonal(dim1=-2, dim2=-1).mean(-1).double()
     whole = gradient.double() * (1 - _DAMPING)
     whole.diagonal(dim1=-2, dim2=-1).add_((_DAMPING * mean)[..., None])
-    return torch.where((mean > 0)[..., None, None], whole, torch.eye(width, dtype=whole.dtype))
+    return torch.where((mean > _VANISHED)[..., None, None], whole, torch.eye(width, dtype=whole.dtype))
 
 
 def _importance_in(row: Sequence[Any], whole: Tensor, sites: int) -> Importance:

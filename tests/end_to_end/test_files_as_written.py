@@ -130,6 +130,24 @@ def test_programs_with_random_numbers_state_infinities_and_branches(kind: type[T
     assert tdc.report(small).replaced
 
 
+def test_weights_that_are_read_through_views_leave_the_program() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(o, i) / i**0.5) for o, i in ((64, 48), (48, 64)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x @ self.a.T) @ self.b.transpose(0, 1)
+
+    torch.manual_seed(0)
+    program = torch.export.export(Turned().eval(), (torch.randn(32, 48),))
+    small = tdc.compress_export(program, budget="params=0.5", metric="weight", progress=False)
+    report = tdc.report(small)
+    assert report.replaced == 2
+    assert report.model_after.params <= 0.5 * report.model_before.params
+    assert {"a", "b"}.isdisjoint(small.state_dict)
+
+
 def test_running_the_result_leaves_the_state_of_the_source_alone() -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:

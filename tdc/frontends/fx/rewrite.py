@@ -126,6 +126,11 @@ def rewrite(captured: Captured, weights: Sequence[Weight], cuts: Mapping[int, Cu
         biases = [use.root_bias for use in weight.uses if cut.bias is not None]
         baked |= dict.fromkeys(node for node in (*weight.roots, *biases, *state) if node is not None)
         replaced += 1
+    left = set(graph.nodes)
+    for node in reversed(captured.module.graph.nodes):  # views of weights that nothing reads any more
+        copy = copies.get(node)
+        if node.op == "call_function" and node.users and copy in left and not copy.users and not copy.is_impure():
+            graph.erase_node(copy)
     kept = [k for k, node in enumerate(captured.placeholders) if copies[node].users or node in captured.inputs]
     for k, node in enumerate(captured.placeholders):
         if k not in kept:

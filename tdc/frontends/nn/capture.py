@@ -45,11 +45,16 @@ class Use:
         return operator(self.node) not in CONVOLUTIONS
 
     @property
-    def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Lengths of the input and of the output along the window axes of a convolution."""
+    def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Lengths of the input and of the output along the window axes of a convolution, None where they follow from
+        the data.
+        """
         before, after = self.node.args[0].meta["val"], self.node.meta["val"]  # type: ignore[union-attr]
         axes = self.node.args[1].meta["val"].ndim - 2  # type: ignore[union-attr]
-        return tuple(map(int, before.shape[-axes:])), tuple(map(int, after.shape[-axes:]))
+        try:
+            return tuple(map(int, before.shape[-axes:])), tuple(map(int, after.shape[-axes:]))
+        except RuntimeError:
+            return None
 
     @property
     def channels_last(self) -> bool:

@@ -121,6 +121,7 @@ class NnProgram:
         kind = kind_of(module)
         assert kind is not None
         folded = self._folded(order)
+        lengths = use.lengths if use and kind.is_conv else None
         channels_last = memory_format(plain(weight.tensor)) is not None or (use is not None and use.channels_last)
         biased = norm is not None or all(m._parameters.get("bias") is not None for m in weight.modules.values())
         return Site(
@@ -135,7 +136,7 @@ class NnProgram:
             bias=biased and uses == 1,
             norm=norm.path if norm else "",
             layout="channels_last" if kind.is_conv and channels_last else "",
-            lengths=tuple(zip(kind.windows, *use.lengths, strict=True)) if use and kind.is_conv else (),
+            lengths=tuple(zip(kind.windows, *lengths, strict=True)) if lengths else (),
         )
 
     def _folded(self, order: int) -> Tensor:
@@ -233,7 +234,10 @@ class NnProgram:
                 module._parameters[name] = value
 
         def skip(module: nn.Module, args: Any, output: Any) -> Any:
-            return args[0] if norms[module] in own.changed else None
+            if norms[module] not in own.changed:
+                return None
+            own.kept.exchange(output, args[0])
+            return args[0]
 
         def work(batch: Call, changing: bool) -> Callable[[Meet], Any]:
             def run(meet: Meet) -> None:

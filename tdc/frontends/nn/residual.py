@@ -97,6 +97,10 @@ class Kept(TorchFunctionMode):
             return None
         return self._held.get(call) if call in self._call.values() else self._held.pop(call, None)
 
+    def exchange(self, made: Any, new: Any) -> None:
+        """A call's result was replaced by something else, which the run goes on with."""
+        self._held = {call: new if value is made else value for call, value in self._held.items()}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._apart:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from ...errors import PlanError
 from ...ir import Block, Site
+from ..graph import memory_format
 from .factored import Factored, factored
 from .layers import kind_of
 from .placing import place
 from .sharing import Sharing
+from .weights import plain
 
 __all__ = ["Saved", "restore"]
 
@@ -45,7 +48,7 @@ def restore(
     ``sites`` are found by name. Raises PlanError, with nothing changed, if a named
     module is missing or of another size, or the tensors do not fit; or if something of the model stays on ``meta``.
     """
-    groups = _shared(model, aliases)
+    groups, formats = _shared(model, aliases), _formats(model)
     swaps: list[tuple[str, nn.Module]] = []
     groups_of: dict[int, Sharing] = {}
     for saved in sites:
@@ -55,11 +58,16 @@ def restore(
         swaps += [(path, nn.Identity()) for path in _aliases_of(model, norm)] if norm else []
     place(model, swaps)
     try:
-        answer = model.load_state_dict(dict(tensors), strict=False, assign=True)
+        answer = model.load_state_dict(_formatted(model, tensors, formats), strict=False, assign=True)
     except RuntimeError as error:
         raise PlanError(f"the saved tensors do not fit the model: {error}") from error
     loaded = set(tensors)
-    missing = [name for name in answer.missing_keys if not any(name in group and group & loaded for group in groups)]
+    left_out = _left_out(model)
+    missing = [
+        name
+        for name in answer.missing_keys
+        if not any(name in group and group & loaded for group in groups) and not left_out(name)
+    ]
     if missing or answer.unexpected_keys:
         raise PlanError(
             f"the saved tensors do not fit the model: missing {missing[:5]}, not known {answer.unexpected_keys[:5]}"
@@ -111,6 +119,36 @@ def _factored(
             made[id(module)] = factored(module, block, factors, saved.decomposition, bias, sharing)
         swaps.append((path, made[id(module)]))
     return swaps
+
+
+def _left_out(model: nn.Module) -> Callable[[str], bool]:
+    """Which parameters the classes of transformers do not write to files: those that are computed."""
+    told = (getattr(model, f"_keys_to_ignore_on_{when}", None) or () for when in ("save", "load_missing"))
+    patterns = [re.compile(pattern) for patterns in told for pattern in patterns]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def _formats(model: nn.Module) -> dict[str, torch.memory_format]:
+    """Path of a module -> the memory format of its weight, where that is channels-last."""
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        wanted = None if weight is None else memory_format(plain(weight))
+        if wanted is not None:
+            found[path] = wanted
+    return found
+
+
+def _formatted(
+    model: nn.Module, tensors: Mapping[str, Tensor], formats: Mapping[str, torch.memory_format]
+) -> dict[str, Tensor]:
+    """The tensors, files have none, in the memory formats of the architecture's weights."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        wanted = formats.get(name.rpartition(".")[0])
+        if wanted is not None and tensor.ndim == (4 if wanted == torch.channels_last else 5):
+            found[name] = tensor.contiguous(memory_format=wanted)
+    return found
 
 
 def _aliases_of(model: nn.Module, path: str) -> list[str]:

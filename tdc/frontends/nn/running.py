@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from ...errors import ModelError
 from .products import fast_products
 
 __all__ = ["copy_without", "evaluation", "holding", "hooks", "pre_hooks", "standing_in", "untrained"]
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
@@ -113,10 +116,14 @@ def untrained(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def copy_without(model: nn.Module, tensors: Iterable[Tensor]) -> nn.Module:
-    """A deep copy that shares the given parameters, since they are about to be replaced."""
+def copy_without(model: M, tensors: Iterable[Tensor] = ()) -> M:
+    """A deep copy that shares the given parameters, since they are about to be replaced; of tensors that a forward has
+    left behind, with their graph, the values.
+    """
+    left = [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor) and v.grad_fn]
+    known = {id(tensor): tensor for tensor in tensors} | {id(tensor): tensor.detach().clone() for tensor in left}
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        return copy.deepcopy(model, known)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0][:160]
         raise ModelError(
