@@ -127,10 +127,10 @@ def rewrite(captured: Captured, weights: Sequence[Weight], cuts: Mapping[int, Cu
         baked |= dict.fromkeys(node for node in (*weight.roots, *biases, *state) if node is not None)
         replaced += 1
     left = set(graph.nodes)
-    for node in reversed(captured.module.graph.nodes):  # views of weights that nothing reads any more
-        copy = copies.get(node)
-        if node.op == "call_function" and node.users and copy in left and not copy.users and not copy.is_impure():
-            graph.erase_node(copy)
+    had = [copies[node] for node in captured.module.graph.nodes if node.op == "call_function" and node.users]
+    for node in reversed(had):  # views of weights that nothing reads any more
+        if node in left and not node.users and not node.is_impure():
+            graph.erase_node(node)
     kept = [k for k, node in enumerate(captured.placeholders) if copies[node].users or node in captured.inputs]
     for k, node in enumerate(captured.placeholders):
         if k not in kept:
