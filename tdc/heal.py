@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .archive import noted
 from .errors import CalibrationError, ModelError, OptionError
 from .files import atomic_write, checked_destination
+from .frontends.graph import run_backward
 from .frontends.nn import Factored
 from .frontends.nn.batches import Call, as_calls, blended, in_parts, outputs_of, runs_by_example, unpadded_in
 from .frontends.nn.running import evaluation
@@ -111,7 +112,7 @@ def heal(
 
     Raises:
         ModelError: ``small`` has no factored layer, its parameters are not float32 or float64, or the outputs of the
-            two models do not correspond.
+            two models do not correspond, or it cannot run backwards.
         CalibrationError: data that the models cannot run on, or too little of it.
         OptionError: a checkpoint that belongs to other work.
     """
@@ -219,10 +220,8 @@ class _Work:
                 loss = self._minimised(mixed or self.steps[k], self.share * _cosine(step, total), kept=mixed is None)
                 if not loss.requires_grad:
                     raise ModelError("the outputs of the compressed model have no gradient: is it run without?")
-                try:
-                    loss.backward()
-                except RuntimeError as error:
-                    raise ModelError(f"the compressed model cannot run backwards: {error}") from error
+                if failed := run_backward(lambda given: given["loss"], {"loss": loss}):
+                    raise ModelError(f"healing: {failed}")
             norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), _CLIP)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * group["size"] * _cosine(step, total)

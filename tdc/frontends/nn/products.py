@@ -20,7 +20,7 @@ _GAIN, _EXACT = 0.8, 2e-6
 @contextmanager
 def fast_products() -> Iterator[None]:
     """Inside, oneDNN multiplies float32 matrices on the CPU in place of MKL, where that is faster on this machine and
-    as exact. (MKL does not use AVX-512 on processors that are not Intel's: 0.43 of its time on an AMD EPYC.)
+    as exact. (MKL does not use AVX-512 on processors that are not Intel's: 0.45 of its time on an AMD EPYC.)
 
     PyTorch's setting for it, ``torch.set_float32_matmul_precision("medium")``, allows bfloat16, too; where oneDNN makes
     use of that, as with AMX, the products are not as exact, and all stays as it is. So it does where there is a GPU,
