@@ -1,8 +1,8 @@
 """The kernels in C against dense layers and against the same factors on stock operators.
 
-    python benchmarks/bench_kernels.py [--laps 60] [--threads 1 2] [--rows 1 4 16 128] [--shapes 1024x1024 ...]
+    python benchmarks/bench_kernels.py [--laps 60] [--threads 1 2] [--rows 1 4 16 128 512] [--shapes 1024x1024 ...]
 
-Batches of 1, 4, 16 and 128 rows, float32, with bias. The weights are cold: each contestant goes through a pool of its
+Batches of 1, 4, 16, 128 and 512 rows, float32, with bias. The weights are cold: each contestant goes through a pool of its
 own of layers that is larger than the last-level cache, all contestants in turn in one run. With more than one thread
 the processor is not pinned. ``bytes``: the weights that the factors take, of dense; a product that is bound by reading
 them, or by its multiply-adds, can gain no more than the inverse, and what is beyond that comes from faster reading:
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--laps", type=int, default=60)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 4, 16, 128])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 4, 16, 128, 512])
     parser.add_argument("--shapes", nargs="*", default=list(CASES), choices=list(CASES))
     chosen = parser.parse_args()
     missing = two_products.available()

@@ -99,7 +99,7 @@ class OnDevice:
         return None if chosen is None else chosen(x, factors, bias)
 
 
-def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16), example: Any = None) -> tuple[Remark, ...]:
+def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16, 64, 256), example: Any = None) -> tuple[Remark, ...]:
     """Let the factored layers of ``model`` run on kernels, each for the inputs for which its kernel is measured to be
     faster here and now, with torch's present number of threads; all else runs as before. On a GPU calls from Python and
     those that are captured into a CUDA graph are measured by themselves.

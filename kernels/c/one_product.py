@@ -1,5 +1,4 @@
-"""One product for few rows of activations: what layers that share their other factors have of their own, and what they
-share.
+"""One product: what layers that share their other factors have of their own, and what they share.
 
 Equation: ``b i, o i -> b o`` + bias, with x (..., i), weight (o, i), bias (o). With ``order`` (i + o,) int32 the input
 (..., i + o) is gathered, g = x[order], and its first o entries pass by: ``y = g[:o] + g[o:] weight'`` + bias. The C

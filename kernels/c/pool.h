@@ -30,7 +30,7 @@ typedef void (*phase)(void *context, long start, long stop);
 #include <stdatomic.h>
 #include <time.h>
 
-enum { HELPERS = 63, SPIN = 50000, LATE = 20000, RESTS = 16, MISSES = 8, PAUSE = 2000000, HELPER_STACK = 1 << 18 };
+enum { HELPERS = 63, SPIN = 50000, LATE = 20000, RESTS = 16, MISSES = 8, PAUSE = 2000000, HELPER_STACK = 1 << 19 };
 
 struct helper {
     pthread_t thread;

@@ -1,4 +1,4 @@
-/* Two products with one intermediate, for few rows of activations, float32:
+/* Two products with one intermediate, float32:
 
        b i, r i -> b r ; b r, o r -> b o                        y = (x first') second' + bias
 
@@ -7,8 +7,9 @@
 
    All weights are row-major (outputs, inputs), so every product is a dot product along contiguous memory. Few rows are
    bound by reading the weights: each weight is read once, a tile of TALL of its rows and WIDE rows of activations at a
-   time, and lines of the rows that come next are fetched ahead. The intermediate stays in cache. This file includes
-   itself once for each instruction set; the widest one that the processor has is chosen at run time.
+   time, and lines of the rows that come next are fetched ahead. The intermediate stays in cache. For MANY rows and more
+   see many_rows.c. This file includes itself once for each instruction set; the widest one that the processor has is
+   chosen at run time.
 */
 #ifndef LANES
 
@@ -40,6 +41,10 @@ struct product {
 /* Streams of memory from which the weights come where there are few rows of activations, and how far ahead, in bytes,
    each is fetched. One stream gives half the bandwidth where the rows of the weight are short. */
 enum { STREAMS = 8, AHEAD = 2048 };
+
+/* From MANY rows on, packing the weights pays: DEPTH inputs of WIDTH outputs at a time, or more outputs of fewer inputs.
+   ROW: between rows that are copied. */
+enum { MANY = 48, DEPTH = 256, WIDTH = 128, ROW = DEPTH + 16 };
 
 typedef void (*product_function)(const struct product *, long start, long stop);
 
@@ -100,6 +105,7 @@ INLINE AVX512 void store_sums(const struct product *p, long n, long b, const voi
 #define LANES 8
 #define TALL 4
 #define WIDE 2
+#define HIGH 6
 #define VERSION _avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #include "two_products.c"
@@ -107,6 +113,7 @@ INLINE AVX512 void store_sums(const struct product *p, long n, long b, const voi
 #define LANES 16
 #define TALL 4
 #define WIDE 4
+#define HIGH 12
 #define VERSION _avx512
 #define TARGET AVX512
 #include "two_products.c"
@@ -196,7 +203,7 @@ static void gather_output(void *context, long start, long stop) {
 struct share {
     struct product product;
     product_function run;
-    long outputs;
+    long outputs, blocks; /* of the rows */
 };
 
 static void some_outputs(void *context, long start, long stop) {
@@ -204,9 +211,31 @@ static void some_outputs(void *context, long start, long stop) {
     s->run(&s->product, edge(start, s->outputs), edge(stop, s->outputs));
 }
 
+/* Of many rows: each part has WIDTH outputs of one block of the rows. */
+static void some_rows(void *context, long start, long stop) {
+    struct share *s = context;
+    for (long part = start; part < stop; part++) {
+        struct product p = s->product;
+        const long b = p.rows * (part % s->blocks) / s->blocks, n = part / s->blocks * WIDTH;
+        p.rows = p.rows * (part % s->blocks + 1) / s->blocks - b;
+        p.a += b * p.a_stride;
+        p.y += b * p.y_stride;
+        p.add = p.add ? p.add + b * p.add_stride : NULL;
+        s->run(&p, n, n + WIDTH < s->outputs ? n + WIDTH : s->outputs);
+    }
+}
+
 static void shared_product(int threads, product_function run, long outputs, struct product product) {
-    struct share s = {product, run, outputs};
-    pool_run(threads, some_outputs, &s, groups(outputs), worth_a_claim(product.depth));
+    struct share s = {product, run, outputs, 1};
+    if (threads < 2)
+        run(&product, 0, outputs);
+    else if (product.rows < MANY)
+        pool_run(threads, some_outputs, &s, groups(outputs), worth_a_claim(product.depth));
+    else {
+        const long wide = (outputs + WIDTH - 1) / WIDTH, wanted = 4 * threads / (wide + !wide) + 1;
+        s.blocks = wanted < product.rows / MANY ? wanted : product.rows / MANY;
+        pool_run(threads, some_rows, &s, wide * s.blocks, 1);
+    }
 }
 
 /* All phases, in turn. With a gather in front, the first r gathered entries pass by the first product. If stacked,
@@ -227,9 +256,9 @@ static void work(struct call *c, int threads) {
         pool_run(threads, gather_output, c, groups(o), worth_a_claim(c->rows));
 }
 
-/* Threads that are worth waking: each has at least 256 KiB of weights to read. */
-static int worth(int threads, long weights) {
-    long most = 1 + weights / (1 << 16);
+/* Threads that are worth waking: each has at least 256 KiB of weights to read, or as long to multiply. */
+static int worth(int threads, long weights, long rows) {
+    long most = 1 + weights * (1 + rows / MANY) / (1 << 16);
     return threads < most ? threads : (int)most;
 }
 
@@ -248,7 +277,7 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
         return NO_MEMORY;
     struct call c = {x,    first,  second, bias, order,   place,  y,                 scratch, scratch + gathered,
                      rows, inputs, rank,   outputs, stride,  stacked, products[version], OK};
-    threads = pool_enter(worth(threads, rank * (inputs + outputs)));
+    threads = pool_enter(worth(threads, rank * (inputs + outputs), rows));
     work(&c, threads);
     pool_leave(threads);
     free(scratch);
@@ -268,7 +297,7 @@ EXPORT int tdc_one_product(int version, int threads, const float *x, const float
     if (order && !gathered)
         return NO_MEMORY;
     struct call c = {.x = x, .order = order, .gathered = gathered, .rows = rows, .inputs = stride, .status = OK};
-    threads = pool_enter(worth(threads, inputs * outputs));
+    threads = pool_enter(worth(threads, inputs * outputs, rows));
     if (order)
         pool_run(threads, gather_input, &c, groups(stride), worth_a_claim(rows));
     const float *source = order ? gathered : x;
@@ -443,8 +472,20 @@ INLINE TARGET void NAMED(strip, VERSION)(const struct product *p, long n, int ta
         NAMED(tile, VERSION)(p, n, b, tall, 1, ahead, left);
 }
 
+#ifdef HIGH
+#define PANEL (2 * LANES)
+#include "many_rows.c"
+#undef PANEL
+#endif
+
 static TARGET void NAMED(product, VERSION)(const struct product *p, long start, long stop) {
     long n = start;
+#ifdef HIGH
+    if (p->rows >= MANY) {
+        NAMED(many_rows, VERSION)(p, start, stop);
+        return;
+    }
+#endif
     if (p->rows == 1)
         n = NAMED(spread, VERSION)(p, start, stop, STREAMS, 1);
     else if (p->rows == 2)
@@ -463,6 +504,7 @@ static TARGET void NAMED(product, VERSION)(const struct product *p, long start, 
 #undef LANES
 #undef TALL
 #undef WIDE
+#undef HIGH
 #undef VERSION
 #undef TARGET
 #endif

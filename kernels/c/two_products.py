@@ -1,4 +1,4 @@
-"""Two products with one intermediate, for few rows of activations: ``tdc::two_products``, see two_products.c.
+"""Two products with one intermediate: ``tdc::two_products``, see two_products.c.
 
 Equation: ``b i, r i -> b r ; b r, o r -> b o``, with x (..., i), first (r, i), second (o, r), bias (o). With ``order``
 (i,) int32 the input is gathered, g = x[order], its first r entries pass by the first product,

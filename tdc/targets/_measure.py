@@ -264,10 +264,9 @@ def _tiers() -> Iterator[list[Work]]:
     coarse += [w for kind in ("concat", "add") for w in _grid(kind, (1, 16, 512), (64, 1024, 16384, 262144))]
     yield coarse
     if two_products.available() is None:
-        few = (1, 4, 16)
         yield [
-            *_grid("two products", few, (256, 1024, 2048), (32, 128, 512), (256, 1024, 2048)),
-            *_grid("one product", few, (64, 256, 1024, 2048), (64, 256, 1024, 2048)),
+            *_grid("two products", rows[:-1], (256, 1024, 2048), (32, 128, 512), (256, 1024, 2048)),
+            *_grid("one product", rows[:-1], (64, 256, 1024, 2048), (64, 256, 1024, 2048)),
         ]
     middle = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
     yield [w for w in _grid("gemm", rows, middle, middle) if w not in coarse]

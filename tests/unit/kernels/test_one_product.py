@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("inputs", [1, 3, 17, 31, 64, 133, 519])
 def test_results_are_as_good_as_torchs(outputs: int, inputs: int) -> None:
     for version in range(len(two_products.versions())):
-        for rows in range(1, 10):
+        for rows in (*range(1, 10), 48, 77):
             x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
             right = functional.linear(x.double(), weight.double(), bias.double())
             terms = functional.linear(x.abs(), weight.abs(), bias.abs()).norm().item()
@@ -23,7 +23,7 @@ def test_results_are_as_good_as_torchs(outputs: int, inputs: int) -> None:
                 ((y.double() - right).norm() / terms).item()
                 for y in (run(x, weight, bias, version=version), functional.linear(x, weight, bias))
             )
-            assert ours <= 2 * theirs + 2**-24
+            assert ours <= 2 * theirs + 2**-23  # a rounding of each product and one of each sum
             torch.testing.assert_close(
                 run(x, weight, version=version), functional.linear(x, weight), rtol=1e-4, atol=1e-4
             )
@@ -34,13 +34,13 @@ def test_results_are_as_good_as_torchs(outputs: int, inputs: int) -> None:
 def test_results_behind_a_gather_are_as_good_as_torchs(outputs: int, inputs: int) -> None:
     order = torch.randperm(inputs + outputs).int()
     for version in range(len(two_products.versions())):
-        for rows in (1, 2, 3, 5, 8):
+        for rows in (1, 2, 3, 5, 8, 48, 77):
             x, weight, bias = torch.randn(rows, inputs + outputs), torch.randn(outputs, inputs), torch.randn(outputs)
             right = reference(x.double(), weight.double(), bias.double(), order)
             terms = reference(x.double().abs(), weight.double().abs(), bias.double().abs(), order).norm().item()
             found = (run(x, weight, bias, order, version=version), reference(x, weight, bias, order))
             ours, theirs = (((y.double() - right).norm() / terms).item() for y in found)
-            assert ours <= 2 * theirs + 2**-24
+            assert ours <= 2 * theirs + 2**-23  # a rounding of each product and one of each sum
             plain = run(x, weight, None, order, version=version)
             torch.testing.assert_close(plain, reference(x, weight, None, order), rtol=1e-4, atol=1e-4)
 
@@ -60,12 +60,14 @@ def test_an_order_that_does_not_fit_is_refused(order: Tensor) -> None:
 
 
 def test_threads_change_no_bit() -> None:
-    x, weight, before = torch.randn(3, 300), torch.randn(1000, 300), torch.get_num_threads()
+    weight, before = torch.randn(1000, 300), torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        one = run(x, weight)
-        torch.set_num_threads(3)
-        assert torch.equal(run(x, weight), one)
+        for rows in (3, 100):
+            x = torch.randn(rows, 300)
+            torch.set_num_threads(1)
+            one = run(x, weight)
+            torch.set_num_threads(3)
+            assert torch.equal(run(x, weight), one)
     finally:
         torch.set_num_threads(before)
 

@@ -18,6 +18,8 @@ SIZES = ((1, 1, 1), (3, 17, 1), (17, 3, 3), (31, 33, 17), (64, 48, 16), (100, 67
 """(outputs, inputs, rank)."""
 LARGE = ((700, 400, 300), (1000, 333, 129))
 """Enough for several threads."""
+ROWS = (*range(1, 10), 47, 48, 61, 131)
+"""From 48 on the C code packs the weights."""
 ROUNDING = 2.0
 """No farther from the exact result than twice as far as torch's own."""
 
@@ -60,7 +62,7 @@ def assert_as_good_as_torch(found: Tensor, given: tuple[Any, ...]) -> None:
 def test_results_are_as_good_as_torchs(form: str, sizes: tuple[int, int, int], version: int) -> None:
     if version >= len(two_products.versions()):
         pytest.skip(f"this processor does not have {two_products.VERSIONS[version]}")
-    for rows in range(1, 10):
+    for rows in ROWS:
         for bias in (True, False):
             given = operands(form, sizes, rows, bias=bias)
             assert_as_good_as_torch(run(*given, version=version), given)
@@ -72,7 +74,7 @@ def test_threads_share_the_work_and_change_no_bit(form: str, threads: int) -> No
     before = torch.get_num_threads()
     try:
         for sizes in (*SIZES, *LARGE):
-            for rows in (1, 5):
+            for rows in (1, 5, 200):
                 given = operands(form, sizes, rows)
                 torch.set_num_threads(1)
                 one = run(*given)
@@ -84,10 +86,10 @@ def test_threads_share_the_work_and_change_no_bit(form: str, threads: int) -> No
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_row_does_not_depend_on_the_others(form: str) -> None:
-    given = operands(form, (100, 67, 31), 9)
+    given = operands(form, (100, 67, 31), 100)
     whole = run(*given)
-    for rows in (1, 2, 3, 4, 7):
-        torch.testing.assert_close(run(given[0][:rows], *given[1:]), whole[:rows], rtol=1e-5, atol=1e-5)
+    for rows in (1, 2, 3, 4, 7, 50, 71):
+        torch.testing.assert_close(run(given[0][:rows], *given[1:]), whole[:rows], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
