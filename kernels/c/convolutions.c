@@ -2,21 +2,19 @@
 
        b i p q, o i p q -> b o        each with its own window, stride and zeros around it; the bias is the last one's
 
-   A 1 x 1 convolution is a product with the positions as columns. A window's input is first laid out with its zeros, one
-   plane for each phase of the stride; then the entries that a tap meets are a plane moved by a constant, and the window
-   is a product too, whose rows of positions have some columns behind them that are dropped. The weights are read as they
-   are stored. Several images, or some rows of one, go through all stages at a time, so that what lies between stages
-   stays in the second-level cache, and a few rows of the weight meet all their positions while they are in the first.
+   Each is a product of the weight as it is stored, outputs x (inputs, taps), with the entries that the taps meet as
+   columns, one for each position of the output, of all images in a row. A window's input is first laid out with its zeros,
+   one plane for each phase of the stride; then what a tap meets along a row of the output lies in a row. The columns of
+   WIDTH positions are packed, for DEPTH inputs and taps at a time, in panels of two vectors, and the tiles of many_rows.c
+   multiply rows of the weight with them. Several images, or some rows of one, go through all stages at a time, so that
+   what lies between stages stays in the second-level cache.
    This file includes itself once for each instruction set, as two_products.c does, whose names it uses.
 */
 #ifndef LANES
 
 enum {
-    TILE = 8,       /* outputs of one tile */
-    PANEL = 3,      /* vectors of positions of one tile */
-    BLOCK = 192,    /* positions of one part */
     STAGES = 4,     /* at most */
-    SLACK = 64,     /* numbers behind a buffer that may be read */
+    WIDEST = 1024,  /* positions of one part, at most */
     CACHE = 1 << 17 /* numbers that lie between stages at a time */
 };
 
@@ -40,51 +38,64 @@ struct task {
     const float *bias;
     const long *offsets;            /* of each input and tap, in laid, or in from where plain */
     long images, from_image, from_channel, laid_image, to_image, to_channel;
-    long pitch, plane_rows, positions; /* of laid: numbers in a row, rows of a plane, and what the product makes */
-    void (*block)(const struct task *, long output, long outputs, long image, long start, long stop);
+    long pitch, plane_rows, positions; /* of laid: numbers in a row, rows of a plane; of the output of one image */
+    long wide, chunks;                 /* positions of a part, and parts of the outputs */
+    void (*block)(const struct task *, long output, long outputs, long start, long stop);
 };
 
-/* Positions [q, q + n) of the product, in `made`, to their places in the output. */
-static void put(const struct task *t, const float *made, float *to, long q, long n) {
-    const long width = t->stage->width;
-    for (long x = q % t->pitch, y = q / t->pitch; n > 0; x = 0, y++) {
-        long run = t->pitch - x < n ? t->pitch - x : n, kept = width - x < run ? width - x : run;
-        if (kept > 0)
-            memcpy(to + y * width + x, made, (size_t)kept * sizeof(float));
-        made += run;
-        n -= run;
+/* Numbers that lie in a row in what is multiplied, and where they go in a panel. */
+struct piece {
+    const float *from;
+    long at, length;
+};
+
+/* The pieces of `count` positions from q, counted over all images, each of at most `longest`. */
+static long pieces_of(const struct task *t, long q, long count, long longest, struct piece *pieces) {
+    const long row = t->stage->plain ? t->positions : t->stage->width;
+    long found = 0;
+    for (long at = 0; at < count; found++) {
+        const long image = (q + at) / t->positions, place = (q + at) % t->positions, x = place % row;
+        long length = row - x < count - at ? row - x : count - at;
+        length = length < longest ? length : longest;
+        const float *base = t->stage->plain ? t->from + image * t->from_image : t->laid + image * t->laid_image;
+        pieces[found] = (struct piece){base + place / row * t->pitch + x, at, length};
+        at += length;
     }
+    return found;
 }
 
+static long phases(const struct stage *s) { return s->down * s->across; }
+
 #define LANES 4
-#define ROWS 4
+#define HIGH 4
 #define VERSION _portable
 #define TARGET
 #include "convolutions.c"
 
 #ifdef X86
 #define LANES 8
-#define ROWS 4
+#define HIGH 6
 #define VERSION _avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #include "convolutions.c"
 
 #define LANES 16
-#define ROWS 8
+#define HIGH 12
 #define VERSION _avx512
 #define TARGET AVX512
 #include "convolutions.c"
 #endif
 
-static void (*const blocks[])(const struct task *, long, long, long, long, long) = {
-    block_portable,
+static const struct {
+    void (*block)(const struct task *, long, long, long, long);
+    phase lay_out;
+} versions[] = {
+    {block_portable, lay_out_portable},
 #ifdef X86
-    block_avx2,
-    block_avx512,
+    {block_avx2, lay_out_avx2},
+    {block_avx512, lay_out_avx512},
 #endif
 };
-
-static long phases(const struct stage *s) { return s->down * s->across; }
 
 /* Rows and row length of a phase's plane for `rows` rows of the output. */
 static long plane_rows(const struct stage *s, long rows) { return rows + (s->rows - 1) / s->down; }
@@ -99,37 +110,12 @@ static struct span needed(const struct stage *s, struct span out) {
     return (struct span){start, stop > start ? stop : start};
 }
 
-/* Lay out channel after channel, all images: zeros where the input has no entry. */
-static void lay_out(void *context, long start, long stop) {
-    const struct task *t = context;
-    const struct stage *s = t->stage;
-    for (long part = start; part < stop; part++) {
-        long image = part / s->inputs, channel = part % s->inputs;
-        const float *from = t->from + image * t->from_image + channel * t->from_channel;
-        float *to = t->laid + image * t->laid_image + channel * phases(s) * t->plane_rows * t->pitch;
-        for (long phase = 0; phase < phases(s); phase++)
-            for (long y = 0; y < t->plane_rows; y++, to += t->pitch) {
-                long row = (t->out.start + y) * s->down + phase / s->across - s->top, skip = phase % s->across - s->left;
-                if (row < t->in.start || row >= t->in.stop) {
-                    memset(to, 0, (size_t)t->pitch * sizeof(float));
-                    continue;
-                }
-                const float *entries = from + (row - t->in.start) * s->in_width;
-                for (long x = 0; x < t->pitch; x++) {
-                    long column = x * s->across + skip;
-                    to[x] = column >= 0 && column < s->in_width ? entries[column] : 0;
-                }
-            }
-    }
-}
-
 static void some_blocks(void *context, long start, long stop) {
     const struct task *t = context;
-    const long outputs = t->stage->outputs, of_image = (t->positions + BLOCK - 1) / BLOCK;
+    const long outputs = t->stage->outputs, all = t->images * t->positions;
     for (long part = start; part < stop; part++) {
-        long block = part % of_image, image = part / of_image % t->images, output = part / of_image / t->images * TILE;
-        long first = block * BLOCK, last = first + BLOCK < t->positions ? first + BLOCK : t->positions;
-        t->block(t, output, outputs - output < TILE ? outputs - output : TILE, image, first, last);
+        const long chunk = part % t->chunks, q = part / t->chunks * t->wide, first = outputs * chunk / t->chunks;
+        t->block(t, first, outputs * (chunk + 1) / t->chunks - first, q, q + t->wide < all ? q + t->wide : all);
     }
 }
 
@@ -175,7 +161,7 @@ static void run_band(const struct plan *p, int threads, long image, long images,
             continue;
         struct task t = {s, spans[k], spans[k + 1], p->values[k % 2], p->laid, p->values[(k + 1) % 2], NULL, p->offsets,
                          images, p->value, in_rows * s->in_width, 0, p->value, out_rows * s->width, pitch(s),
-                         plane_rows(s, out_rows), (out_rows - 1) * pitch(s) + s->width, blocks[p->version]};
+                         plane_rows(s, out_rows), out_rows * s->width, 0, 1, versions[p->version].block};
         if (s == first) {
             t.from_channel = s->in_height * s->in_width;
             t.from_image = s->inputs * t.from_channel;
@@ -196,10 +182,13 @@ static void run_band(const struct plan *p, int threads, long image, long images,
                                          : (channel * phases(s) + y % s->down * s->across + x % s->across) * plane +
                                                y / s->down * t.pitch + x / s->across;
         if (!s->plain)
-            pool_run(threads, lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
-        long parts = (s->outputs + TILE - 1) / TILE * images * ((t.positions + BLOCK - 1) / BLOCK);
-        long taps = s->inputs * s->rows * s->columns, width = t.positions < BLOCK ? t.positions : BLOCK;
-        pool_run(threads, some_blocks, &t, parts, 1 + (1 << 17) / (TILE * taps * width));
+            pool_run(threads, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
+        const long depth = s->inputs * s->rows * s->columns, most = DEPTH * WIDTH / (depth < DEPTH ? depth : DEPTH);
+        t.wide = most < WIDEST ? most / WIDTH * WIDTH : WIDEST;
+        const long parts = (images * t.positions + t.wide - 1) / t.wide, wanted = (2 * threads - 1) / parts + 1;
+        const long worth = 1 + s->outputs * depth / (1 << 14);
+        t.chunks = wanted < worth ? wanted : worth;
+        pool_run(threads, some_blocks, &t, parts * t.chunks, 1);
     }
 }
 
@@ -229,12 +218,11 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
         rows = (rows + 1) / 2, value = between(stages, count, rows, &laid);
     long together = rows < height ? 1 : CACHE / (laid + 2 * value + 1);
     together = together < 1 ? 1 : together < images ? together : images;
-    laid = (laid * together + SLACK + 15) / 16 * 16;
-    long values = (value * together + SLACK + 15) / 16 * 16, size = (laid + 2 * values) * (long)sizeof(float);
+    laid = (laid * together + 15) / 16 * 16;
+    long values = (value * together + 15) / 16 * 16, size = (laid + 2 * values) * (long)sizeof(float);
     float *scratch = aligned_alloc(64, (size_t)((size + taps * (long)sizeof(long) + 63) / 64 * 64));
     if (!scratch)
         return NO_MEMORY;
-    memset(scratch + laid - SLACK, 0, SLACK * sizeof(float));
     struct plan plan = {stages, count, version, x, bias, y, scratch, {scratch + laid, scratch + laid + values},
                         (long *)(void *)(scratch + laid + 2 * values), value};
     threads = pool_enter(macs * images < 1 << 20 ? 1 : threads);
@@ -251,86 +239,144 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
 
 #define VEC NAMED(vec, VERSION)
 
-/* A tile: rows of the weight from `output`, `vectors` of positions from q, of which `left` are wanted (0: all). */
-INLINE TARGET void NAMED(fill, VERSION)(const struct task *t, long output, long image, long q, int rows, int vectors,
-                                        long left) {
-    const long depth = t->stage->inputs * t->stage->rows * t->stage->columns;
-    const float *w = t->stage->weight + output * depth;
-    const float *from = (t->stage->plain ? t->from + image * t->from_image : t->laid + image * t->laid_image) + q;
-    const long masked = t->stage->plain ? left : 0;
-    VEC acc[ROWS][PANEL];
-#pragma GCC unroll 8
-    for (int s = 0; s < rows; s++)
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; j++)
-            acc[s][j] = (VEC){0} + (t->bias ? t->bias[output + s] : 0);
-    for (long k = 0; k < depth; k++) {
-        const float *b = from + t->offsets[k];
-        VEC v[PANEL];
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; j++)
-            v[j] = masked ? NAMED(part, VERSION)(b, left) : *(const VEC *)(b + j * LANES);
-#pragma GCC unroll 8
-        for (int s = 0; s < rows; s++)
-#pragma GCC unroll 8
-            for (int j = 0; j < vectors; j++)
-                acc[s][j] += w[s * depth + k] * v[j];
-        if (k % 16 == 0) /* the rows of the next tile */
-#pragma GCC unroll 8
-            for (int s = 0; s < rows; s++)
-                __builtin_prefetch((const char *)((uintptr_t)(w + (rows + s) * depth + k)), 0, 2);
-    }
-    float *to = t->to + image * t->to_image + output * t->to_channel;
-    if (left == 0 && t->pitch == t->stage->width) {
-#pragma GCC unroll 8
-        for (int s = 0; s < rows; s++)
-#pragma GCC unroll 8
-            for (int j = 0; j < vectors; j++)
-                *(VEC *)(to + s * t->to_channel + q + j * LANES) = acc[s][j];
-        return;
-    }
-    float made[PANEL * LANES];
-#pragma GCC unroll 8
-    for (int s = 0; s < rows; s++) {
-#pragma GCC unroll 8
-        for (int j = 0; j < vectors; j++)
-            *(VEC *)(made + j * LANES) = acc[s][j];
-        put(t, made, to + s * t->to_channel, q, left ? left : vectors * LANES);
+/* Lay out channel after channel, all images: zeros where the input has no entry. */
+static TARGET void NAMED(lay_out, VERSION)(void *context, long start, long stop) {
+    const struct task *t = context;
+    const struct stage *s = t->stage;
+    for (long part = start; part < stop; part++) {
+        long image = part / s->inputs, channel = part % s->inputs;
+        const float *from = t->from + image * t->from_image + channel * t->from_channel;
+        float *restrict to = t->laid + image * t->laid_image + channel * phases(s) * t->plane_rows * t->pitch;
+        for (long phase = 0; phase < phases(s); phase++)
+            for (long y = 0; y < t->plane_rows; y++, to += t->pitch) {
+                long row = (t->out.start + y) * s->down + phase / s->across - s->top, skip = phase % s->across - s->left;
+                if (row < t->in.start || row >= t->in.stop) {
+                    memset(to, 0, (size_t)t->pitch * sizeof(float));
+                    continue;
+                }
+                const float *restrict entries = from + (row - t->in.start) * s->in_width;
+                long x = 0, some = (s->in_width - skip + s->across - 1) / s->across; /* columns that are there */
+                some = some < t->pitch ? some : t->pitch;
+                for (; x < t->pitch && x * s->across + skip < 0; x++)
+                    to[x] = 0;
+                if (s->across == 1)
+                    for (; x < some; x++)
+                        to[x] = entries[x + skip];
+                else if (s->across == 2)
+                    for (; x < some; x++)
+                        to[x] = entries[x * 2 + skip];
+                else
+                    for (; x < some; x++)
+                        to[x] = entries[x * s->across + skip];
+                for (; x < t->pitch; x++)
+                    to[x] = 0;
+            }
     }
 }
 
-INLINE TARGET void NAMED(fill_row, VERSION)(const struct task *t, long output, long image, long start, long stop,
-                                            int rows) {
-    long q = start;
-    for (; q + PANEL * LANES <= stop; q += PANEL * LANES)
-        NAMED(fill, VERSION)(t, output, image, q, rows, PANEL, 0);
-    if (q + 2 * LANES <= stop) {
-        NAMED(fill, VERSION)(t, output, image, q, rows, 2, 0);
-        q += 2 * LANES;
-    }
-    if (q + LANES <= stop) {
-        NAMED(fill, VERSION)(t, output, image, q, rows, 1, 0);
-        q += LANES;
-    }
-    if (q < stop)
-        NAMED(fill, VERSION)(t, output, image, q, rows, 1, stop - q);
+INLINE TARGET void NAMED(store_part, VERSION)(float *p, VEC v, long n) {
+#if LANES == 16
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif LANES == 8
+    static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    _mm256_maskstore_ps(p, _mm256_loadu_si256((const __m256i *)(ones + 8 - n)), (__m256)v);
+#else
+    memcpy(p, &v, (size_t)n * sizeof(float));
+#endif
 }
 
-static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long outputs, long image, long start,
-                                         long stop) {
-    const long behind = output + outputs;
-    for (; output + ROWS <= behind; output += ROWS)
-        NAMED(fill_row, VERSION)(t, output, image, start, stop, ROWS);
-    if (ROWS > 4)
-        for (; output + 4 <= behind; output += 4)
-            NAMED(fill_row, VERSION)(t, output, image, start, stop, 4);
-    for (; output < behind; output++)
-        NAMED(fill_row, VERSION)(t, output, image, start, stop, 1);
+/* The columns of a panel's positions for the inputs and taps [k, k + depth). */
+static TARGET void NAMED(columns, VERSION)(const struct task *t, const struct piece *pieces, long count, long k,
+                                           long depth, float *panel) {
+    const long *offsets = t->offsets + k;
+    for (long j = 0; j < count; j++) {
+        const float *from = pieces[j].from;
+        float *to = panel + pieces[j].at;
+        const long length = pieces[j].length;
+        if (length == LANES)
+            for (long d = 0; d < depth; d++)
+                *(VEC *)(to + d * 2 * LANES) = *(const VEC *)(from + offsets[d]);
+        else
+            for (long d = 0; d < depth; d++)
+                NAMED(store_part, VERSION)(to + d * 2 * LANES, NAMED(part, VERSION)(from + offsets[d], length), length);
+    }
+}
+
+/* The sums of a tile, outputs from `output` and `count` positions from q, to their places. `begun`: these have those of
+   the inputs and taps before. */
+static TARGET void NAMED(put, VERSION)(const struct task *t, const float *sums, long output, int high, long q,
+                                       long count, int begun) {
+    while (count > 0) {
+        const long image = q / t->positions, place = q % t->positions;
+        const long length = t->positions - place < count ? t->positions - place : count;
+        float *y = t->to + image * t->to_image + output * t->to_channel + place;
+        for (int s = 0; s < high; s++, y += t->to_channel) {
+            const float *sum = sums + s * 2 * LANES, bias = t->bias ? t->bias[output + s] : 0;
+            long x = 0;
+            for (; x + LANES <= length; x += LANES) {
+                VEC more = (VEC){0} + bias;
+                if (begun)
+                    more = *(const VEC *)(y + x);
+                *(VEC *)(y + x) = *(const VEC *)(sum + x) + more;
+            }
+            for (; x < length; x++)
+                y[x] = sum[x] + (begun ? y[x] : bias);
+        }
+        q += length;
+        sums += length;
+        count -= length;
+    }
+}
+
+/* Outputs from `output` at positions [start, stop), at most `wide` of them. */
+static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long outputs, long start, long stop) {
+    enum { PANEL = 2 * LANES };
+    float packed[DEPTH * WIDTH + LANES] __attribute__((aligned(64))), rows[HIGH * ROW] __attribute__((aligned(64)));
+    float sums[HIGH * PANEL] __attribute__((aligned(64)));
+    struct piece pieces[WIDEST];
+    long firsts[WIDEST / PANEL + 1] = {0};
+    const long depth = t->stage->inputs * t->stage->rows * t->stage->columns, tiles = (outputs + HIGH - 1) / HIGH;
+    const long panels = (stop - start + PANEL - 1) / PANEL, deepest = depth < DEPTH ? depth : DEPTH;
+    for (long j = 0; j < panels; j++) {
+        const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
+        firsts[j + 1] = firsts[j] + pieces_of(t, q, count, LANES, pieces + firsts[j]);
+    }
+    if ((stop - start) % LANES) /* what is behind the last position is multiplied too */
+        memset(packed + (panels - 1) * deepest * PANEL, 0, (size_t)deepest * PANEL * sizeof(float));
+    for (long k = 0; k < depth; k += DEPTH) {
+        const long some = depth - k < DEPTH ? depth - k : DEPTH;
+        for (long j = 0; j < panels; j++)
+            NAMED(columns, VERSION)(t, pieces + firsts[j], firsts[j + 1] - firsts[j], k, some,
+                                    packed + j * deepest * PANEL);
+        for (long tile = 0; tile < tiles; tile++) {
+            const long b = output + outputs * tile / tiles;
+            const int high = (int)(output + outputs * (tile + 1) / tiles - b);
+            const float *w = t->stage->weight + b * depth + k, *bias = k || !t->bias ? NULL : t->bias + b;
+            for (int s = 0; s < high; s++)
+                memcpy(rows + s * ROW, w + s * depth, (size_t)some * sizeof(float));
+            w += tile + 1 < tiles ? high * depth : some - (outputs - high) * depth; /* those of the tile that comes next */
+            for (int s = 0; s < high; s++)
+                for (long at = 0; at < some; at += 16)
+                    __builtin_prefetch((const char *)((uintptr_t)(w + s * depth + at)), 0, 2);
+            for (long j = 0; j < panels; j++) {
+                const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
+                const long image = q / t->positions, place = q % t->positions;
+                const float *panel = packed + j * deepest * PANEL;
+                if (count % LANES == 0 && place + count <= t->positions) {
+                    float *to = t->to + image * t->to_image + b * t->to_channel + place;
+                    NAMED(high_tiles, VERSION)[high](panel, rows, some, to, t->to_channel, k > 0, bias, count);
+                } else {
+                    NAMED(high_tiles, VERSION)[high](panel, rows, some, sums, PANEL, 0, NULL, count);
+                    NAMED(put, VERSION)(t, sums, b, high, q, count, k > 0);
+                }
+            }
+        }
+    }
 }
 
 #undef VEC
 #undef LANES
-#undef ROWS
+#undef HIGH
 #undef VERSION
 #undef TARGET
 #endif

@@ -1,12 +1,79 @@
-/* One version of the product of two_products.c, which includes this file, for many rows of activations.
+/* One version of the tiles that two_products.c, which includes this file, and convolutions.c multiply in where there is much
+   to multiply, and of the product for many rows of activations.
 
-   These are bound by multiply-adds, not by reading. The weights are packed, for DEPTH inputs at a time, in panels of
+   Those are bound by multiply-adds, not by reading. The weights are packed, for DEPTH inputs at a time, in panels of
    PANEL outputs, input after input: one vector has as many outputs. Then HIGH rows of activations at a time meet one
    panel after the other, their sums in registers and the packed weights in the second-level cache (Goto and van de Geijn
    2008). The rows are copied side by side first: where they lie, some lengths would put all on the same lines of the
    first-level cache. (With vectors of four numbers and without fused multiply-adds this is slower than the tiles there.)
 */
 
+/* y[t, j] = sum_k rows[t, k] panel[k, j] for `high` rows and `vectors` of the panel, rows of y `stride` apart; to what y
+   has if `begun`, else to bias[t], which may be NULL. */
+INLINE TARGET void NAMED(high_tile, VERSION)(const float *panel, const float *rows, long depth, float *y, long stride,
+                                             int begun, const float *bias, int high, int vectors) {
+    VEC acc[HIGH][2];
+#pragma GCC unroll 16
+    for (int t = 0; t < high; t++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            acc[t][v] = (VEC){0} + (bias ? bias[t] : 0);
+            if (begun)
+                acc[t][v] = *(const VEC *)(y + t * stride + v * LANES);
+        }
+    for (long k = 0; k < depth; k++) {
+        VEC u[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++)
+            u[v] = *(const VEC *)(panel + k * PANEL + v * LANES);
+#pragma GCC unroll 16
+        for (int t = 0; t < high; t++)
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++)
+                acc[t][v] += u[v] * rows[t * ROW + k];
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < high; t++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++)
+            *(VEC *)(y + t * stride + v * LANES) = acc[t][v];
+}
+
+/* Functions of their own: in one large function the compiler's registers do not suffice. */
+#define HIGH_TILE(h)                                                                                                   \
+    static TARGET __attribute__((noinline)) void NAMED(JOIN(high, h), VERSION)(                                        \
+        const float *panel, const float *rows, long depth, float *y, long stride, int begun, const float *bias,        \
+        long width) {                                                                                                  \
+        if (width > LANES)                                                                                             \
+            NAMED(high_tile, VERSION)(panel, rows, depth, y, stride, begun, bias, h, 2);                               \
+        else                                                                                                           \
+            NAMED(high_tile, VERSION)(panel, rows, depth, y, stride, begun, bias, h, 1);                               \
+    }
+#define HIGH_NAME(h) NAMED(JOIN(high, h), VERSION)
+
+HIGH_TILE(1) HIGH_TILE(2) HIGH_TILE(3) HIGH_TILE(4)
+#if HIGH > 4
+HIGH_TILE(5) HIGH_TILE(6)
+#endif
+#if HIGH > 6
+HIGH_TILE(7) HIGH_TILE(8) HIGH_TILE(9) HIGH_TILE(10) HIGH_TILE(11) HIGH_TILE(12)
+#endif
+
+static void (*const NAMED(high_tiles, VERSION)[])(const float *, const float *, long, float *, long, int,
+                                                  const float *, long) = {
+    NULL, HIGH_NAME(1), HIGH_NAME(2), HIGH_NAME(3), HIGH_NAME(4),
+#if HIGH > 4
+    HIGH_NAME(5), HIGH_NAME(6),
+#endif
+#if HIGH > 6
+    HIGH_NAME(7), HIGH_NAME(8), HIGH_NAME(9), HIGH_NAME(10), HIGH_NAME(11), HIGH_NAME(12),
+#endif
+};
+
+#undef HIGH_TILE
+#undef HIGH_NAME
+
+#if LANES > 4
 /* A square of LANES x LANES weights, rows p->depth apart, to columns PANEL apart. */
 INLINE TARGET void NAMED(turn, VERSION)(const float *from, long depth, float *to) {
 #if LANES == 16
@@ -67,56 +134,6 @@ static TARGET void NAMED(pack, VERSION)(const struct product *p, long n, long wi
     }
 }
 
-/* sums[t, j] = sum_k rows[t, k] panel[k, j] for `high` rows and `vectors` of the panel. */
-INLINE TARGET void NAMED(high_tile, VERSION)(const float *panel, const float *rows, long depth, float *sums, int high,
-                                             int vectors) {
-    VEC acc[HIGH][2];
-#pragma GCC unroll 16
-    for (int t = 0; t < high; t++)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++)
-            acc[t][v] = (VEC){0};
-    for (long k = 0; k < depth; k++) {
-        VEC u[2];
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++)
-            u[v] = *(const VEC *)(panel + k * PANEL + v * LANES);
-#pragma GCC unroll 16
-        for (int t = 0; t < high; t++)
-#pragma GCC unroll 2
-            for (int v = 0; v < vectors; v++)
-                acc[t][v] += u[v] * rows[t * ROW + k];
-    }
-#pragma GCC unroll 16
-    for (int t = 0; t < high; t++)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; v++)
-            *(VEC *)(sums + t * PANEL + v * LANES) = acc[t][v];
-}
-
-/* Functions of their own: in one large function the compiler's registers do not suffice. */
-#define HIGH_TILE(h)                                                                                                   \
-    static TARGET __attribute__((noinline)) void NAMED(JOIN(high, h), VERSION)(                                        \
-        const float *panel, const float *rows, long depth, float *sums, long width) {                                  \
-        if (width > LANES)                                                                                             \
-            NAMED(high_tile, VERSION)(panel, rows, depth, sums, h, 2);                                                 \
-        else                                                                                                           \
-            NAMED(high_tile, VERSION)(panel, rows, depth, sums, h, 1);                                                 \
-    }
-#define HIGH_NAME(h) NAMED(JOIN(high, h), VERSION)
-
-HIGH_TILE(1) HIGH_TILE(2) HIGH_TILE(3) HIGH_TILE(4) HIGH_TILE(5) HIGH_TILE(6)
-#if HIGH > 6
-HIGH_TILE(7) HIGH_TILE(8) HIGH_TILE(9) HIGH_TILE(10) HIGH_TILE(11) HIGH_TILE(12)
-#endif
-
-static void (*const NAMED(high_tiles, VERSION)[])(const float *, const float *, long, float *, long) = {
-    NULL, HIGH_NAME(1), HIGH_NAME(2), HIGH_NAME(3), HIGH_NAME(4), HIGH_NAME(5), HIGH_NAME(6),
-#if HIGH > 6
-    HIGH_NAME(7), HIGH_NAME(8), HIGH_NAME(9), HIGH_NAME(10), HIGH_NAME(11), HIGH_NAME(12),
-#endif
-};
-
 /* The sums of a tile to their places in y, with what is to be added; `begun`: y has those of the inputs before. */
 static TARGET void NAMED(finish, VERSION)(const struct product *p, const float *sums, long n, long width, long b,
                                           int high, int begun) {
@@ -157,13 +174,11 @@ static TARGET void NAMED(many_rows, VERSION)(const struct product *p, long start
                     memcpy(rows + t * ROW, p->a + (b + t) * p->a_stride + k, (size_t)depth * sizeof(float));
                 for (long n = start; n < end; n += PANEL) {
                     const long width = end - n < PANEL ? end - n : PANEL;
-                    NAMED(high_tiles, VERSION)[high](packed + (n - start) * depth, rows, depth, sums, width);
+                    NAMED(high_tiles, VERSION)[high](packed + (n - start) * depth, rows, depth, sums, PANEL, 0, NULL, width);
                     NAMED(finish, VERSION)(p, sums, n, width, b, high, k > 0);
                 }
             }
         }
     }
 }
-
-#undef HIGH_TILE
-#undef HIGH_NAME
+#endif

@@ -97,6 +97,7 @@ INLINE AVX512 void store_sums(const struct product *p, long n, long b, const voi
 #define LANES 4
 #define TALL 4
 #define WIDE 2
+#define HIGH 4
 #define VERSION _portable
 #define TARGET
 #include "two_products.c"
@@ -472,15 +473,13 @@ INLINE TARGET void NAMED(strip, VERSION)(const struct product *p, long n, int ta
         NAMED(tile, VERSION)(p, n, b, tall, 1, ahead, left);
 }
 
-#ifdef HIGH
 #define PANEL (2 * LANES)
 #include "many_rows.c"
 #undef PANEL
-#endif
 
 static TARGET void NAMED(product, VERSION)(const struct product *p, long start, long stop) {
     long n = start;
-#ifdef HIGH
+#if LANES > 4
     if (p->rows >= MANY) {
         NAMED(many_rows, VERSION)(p, start, stop);
         return;

@@ -55,6 +55,8 @@ CHAINS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Windows]] = {
     "a stride without a window": ((2, 7, 9, 10), (9, 4), (slides(1, 1, (2, 2)), ONE)),
     "bands": ((2, 40, 90, 80), (40, 24, 30), (ONE, slides(3, 3), ONE)),
     "bands with a stride": ((1, 40, 91, 80), (40, 24, 30), (slides(3, 3), slides(3, 3, (2, 2)), ONE)),
+    "deep, small images": ((7, 70, 3, 3), (130, 40), (slides(3, 3), ONE)),
+    "images of 4 and one output": ((9, 300, 2, 2), (1, 35), (ONE, slides(2, 2, (2, 2), (0, 0, 0, 0)))),
     "rows longer than a band": ((1, 3, 4, 9000), (8, 8, 3), (slides(3, 3), slides(3, 3), slides(1, 3))),
 }
 
@@ -103,7 +105,7 @@ def three() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["7 x 7", "bands", "bands with a stride", "windows all"])
+@pytest.mark.parametrize("name", ["7 x 7", "bands", "bands with a stride", "deep, small images", "windows all"])
 @pytest.mark.usefixtures("three")
 def test_threads_change_no_bit(name: str) -> None:
     given = operands(name)
