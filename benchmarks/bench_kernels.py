@@ -2,8 +2,8 @@
 
     python benchmarks/bench_kernels.py [--laps 60] [--threads 1 2] [--rows 1 4 16 128 512] [--shapes 1024x1024 ...]
 
-Batches of 1, 4, 16, 128 and 512 rows, float32, with bias. The weights are cold: each contestant goes through a pool of its
-own of layers that is larger than the last-level cache, all contestants in turn in one run. With more than one thread
+Batches of 1 to 512 rows, float32, with bias. The weights are cold: each contestant goes through a pool of its own of
+layers that is larger than the last-level cache, all contestants in turn in one run. With more than one thread
 the processor is not pinned. ``bytes``: the weights that the factors take, of dense; a product that is bound by reading
 them, or by its multiply-adds, can gain no more than the inverse, and what is beyond that comes from faster reading:
 ``one product`` is a dense layer by the kernel. ``realised``: the gain over dense of the better of kernel and stock

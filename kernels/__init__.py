@@ -1,7 +1,8 @@
 """The kernels: they match equations and know no decomposition.
 
 ``match(block)`` gives the kernel that runs a block, or the reasons why none does; ``accelerate(model)`` lets the
-factored layers of a model use kernels where they are measured to be faster. Nothing is compiled before it is needed.
+linear and factored layers of a model use kernels where they are measured to be faster. Nothing is compiled before it is
+needed.
 """
 
 if __name__ != "tdc.kernels":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tdc.ir import Block, Decline, Remark
 
 from .base import Match
+from .dense import KernelLinear, can_use_kernels
 from .measure import GAIN, memory_format, timed
 from .registry import match
 
@@ -99,10 +100,13 @@ class OnDevice:
         return None if chosen is None else chosen(x, factors, bias)
 
 
-def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16, 64, 256), example: Any = None) -> tuple[Remark, ...]:
-    """Let the factored layers of ``model`` run on kernels, each for the inputs for which its kernel is measured to be
-    faster here and now, with torch's present number of threads; all else runs as before. On a GPU calls from Python and
-    those that are captured into a CUDA graph are measured by themselves.
+def accelerate(
+    model: nn.Module, rows: Iterable[int] = (1, 4, 16, 64, 256), example: Any = None, *, dense: bool = True
+) -> tuple[Remark, ...]:
+    """Let the factored layers of ``model``, and if ``dense`` its layers of the class ``nn.Linear`` too, run on kernels,
+    each for the inputs for which its kernel is measured to be faster here and now, with torch's present number of
+    threads; all else runs as before. On a GPU calls from Python and those that are captured into a CUDA graph are
+    measured by themselves.
 
     ``example``: an input of the model, a tuple of its arguments or a dict of them by name, or a list of such. The model
     runs on each once, in evaluation, and each layer is measured at exactly the shapes that it is given. Without it
@@ -113,10 +117,19 @@ def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16, 64, 256), exam
     are within rounding of the stock operators'; since the choice is measured, two runs can differ by that. The model is
     changed in place; kernels are not saved with it, and ``accelerate(model, ())`` takes them away.
     """
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Runs)]
-    for _, layer in layers:
-        layer.use(None)
     steps = sorted({int(n) for n in rows})
+    layers = _layers(model, dense)
+    try:
+        return _accelerated(model, layers, steps, example)
+    except BaseException:
+        for _, layer in layers:
+            layer.use(None)
+        raise
+
+
+def _accelerated(
+    model: nn.Module, layers: list[tuple[str, Runs]], steps: list[int], example: Any
+) -> tuple[Remark, ...]:
     seen = None if example is None else _seen(model, [layer for _, layer in layers], example)
     known: dict[Any, float] = {}
     remarks = []
@@ -130,6 +143,22 @@ def accelerate(model: nn.Module, rows: Iterable[int] = (1, 4, 16, 64, 256), exam
         layer.use(*(found[note][0] if note in found else None for note in parts))
         remarks.append(Remark(name, STAGE, "; ".join(note + text for note, (_, text) in found.items())))
     return tuple(remarks)
+
+
+def _layers(model: nn.Module, dense: bool) -> list[tuple[str, Runs]]:
+    """Those that can run on kernels, none of them on one."""
+    for layer in model.modules():
+        if isinstance(layer, Runs):
+            layer.use(None)
+        if dense and can_use_kernels(layer):
+            layer.__class__ = KernelLinear
+        if isinstance(layer, KernelLinear):
+            layer.use(_stock)
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Runs)]
+
+
+def _stock(x: Tensor, factors: Mapping[str, Tensor], bias: Tensor | None) -> None:
+    """No other way."""
 
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -158,8 +187,6 @@ def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[Shapes]:
                 else:
                     model(*one) if isinstance(one, tuple) else model(one)
     finally:
-        for layer in layers:
-            layer.use(None)
         for module, training in modes:
             module.training = training
     return [tuple(shapes) for shapes in found]
@@ -231,8 +258,13 @@ def _at(shape: tuple[int, ...]) -> str:
 
 
 def measured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int]) -> float:
-    """How many times as fast as the stock operators the kernel is on an input of that shape."""
-    return timed(found, factors, bias, shape).gain
+    """How many times as fast as the stock operators the kernel is on an input of that shape, asked as layers ask it."""
+    return timed(found, factors, bias, shape, run=_always(found, factors, shape)).gain
+
+
+def _always(found: Match, factors: Mapping[str, Tensor], shape: Sequence[int]) -> Accelerated | None:
+    some = next(factor for factor in factors.values() if factor.is_floating_point())
+    return _where(found, {tuple(shape): math.inf}, None, some)
 
 
 def measured_captured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int]) -> float:

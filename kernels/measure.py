@@ -19,6 +19,8 @@ GAIN = 1.05
 REPEATS = 15
 COLD = 64 << 20
 """Bytes of copies of the factors that a measurement goes through: more than caches hold, as in a whole model."""
+LEAST, LONGEST = 5, 2.0
+"""Repetitions at least, and seconds after which there are no more."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,15 @@ def memory_format(device: str) -> torch.memory_format:
 
 
 def timed(
-    found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int], captured: bool = False
+    found: Match,
+    factors: Mapping[str, Tensor],
+    bias: Tensor | None,
+    shape: Sequence[int],
+    captured: bool = False,
+    run: Callable[..., Tensor | None] | None = None,
 ) -> Timed:
     """Times the kernel and the stock operators on an input of that shape; on a GPU as called from Python, or
-    ``captured`` into a CUDA graph.
+    ``captured`` into a CUDA graph. ``run``: what runs the kernel, on the processor.
 
     Both run in turn on copies of the factors, so that the weights are read from memory, as in a model that is larger
     than the cache.
@@ -55,15 +62,19 @@ def timed(
         return Timed(*timing.timed(found, factors, bias, shape, memory_format("cuda"), captured))
     own = {name: factors[name].detach() for name in found.factors}
     size = sum(factor.numel() * factor.element_size() for factor in own.values())
-    copies = [{name: factor.clone() for name, factor in own.items()} for _ in range(COLD // max(size, 4096) + 2)]
+    count = COLD // max(size, 4096) + 2 if size < COLD else 1
+    copies = [own if count == 1 else {name: factor.clone() for name, factor in own.items()} for _ in range(count)]
     x = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
-    times: dict[Callable[..., Tensor], list[float]] = {found.reference: [], found.run: []}
+    both: tuple[tuple[Callable[..., Tensor | None], list[float]], ...] = ((found.reference, []), (run or found.run, []))
+    end = time.perf_counter() + LONGEST
     with torch.no_grad():
         for lap in range(2 + REPEATS):
-            for place, (run, taken) in enumerate(times.items()):
-                given = copies[(lap + place * len(copies) // 2) % len(copies)]
+            for place, (call, taken) in enumerate(both):
+                given = copies[(lap + place * count // 2) % count]
                 start = time.perf_counter()
-                run(x, given, bias)
+                call(x, given, bias)
                 taken.append(time.perf_counter() - start)
-    stock, fast = (tuple(taken[2:]) for taken in times.values())
+            if lap > LEAST and time.perf_counter() > end:
+                break
+    stock, fast = (tuple(taken[2:]) for _, taken in both)
     return Timed(fast, stock)

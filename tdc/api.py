@@ -268,7 +268,7 @@ def _finished(unit: Unit, model: nn.Module, before: Cost, example: Any, heal: bo
 def _on_kernels(small: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> str:
     """Let the layers run on kernels where these are faster; what came of it."""
     examples = [args or kwargs for args, kwargs in calls if not (args and kwargs)]
-    layers = accelerate(small, example=examples or None)
+    layers = accelerate(small, example=examples or None, dense=False)
     used = sum(layer.on_kernels for layer in small.modules() if isinstance(layer, Factored))
     return f"{used} of {len(layers)} replaced layers run on kernels, which are not saved with the model"
 

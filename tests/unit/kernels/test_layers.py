@@ -72,7 +72,7 @@ def test_kernels_run_where_they_were_faster_and_nowhere_else(
 ) -> None:
     plain = copy.deepcopy(small)
     remarks = kernels.accelerate(small, rows=(4, 1, 8))
-    assert len(remarks) == len(factored(small)) > 0
+    assert len(remarks) == len([m for m in small.modules() if isinstance(m, (FactoredLinear, nn.Linear))]) > 0
     assert "2.00 times as fast at 1 rows, 1.00 times as fast at 4 rows, 3.00 times as fast at 8 rows" in str(remarks[0])
     for rows, used in ((1, True), (2, False), (4, False), (5, True), (8, True), (9, False)):
         x = torch.randn(rows, 24)
@@ -159,7 +159,7 @@ def test_kernels_are_left_behind_by_copies_and_files(
 def test_factors_that_change_are_read_at_every_call(
     small: nn.Module, gains: dict[int, float], calls: list[int]
 ) -> None:
-    kernels.accelerate(small, rows=(8,))
+    kernels.accelerate(small, rows=(8,), dense=False)
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.mul_(1.5)
@@ -286,8 +286,52 @@ def test_other_dtypes_are_not_measured(small: nn.Module) -> None:
     assert all("float32, on the processor" in remark.reason for remark in remarks)
 
 
-def test_models_without_factored_layers_have_no_remarks() -> None:
-    assert kernels.accelerate(nn.Sequential(nn.Linear(3, 3), nn.ReLU())) == ()
+def test_models_without_linear_or_factored_layers_have_no_remarks() -> None:
+    assert kernels.accelerate(nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU())) == ()
+    assert kernels.accelerate(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), dense=False) == ()
+
+
+class Special(nn.Linear):
+    """Not torch's own."""
+
+
+def test_dense_layers_run_on_kernels_and_stay_layers_of_torch(
+    gains: dict[int, float], calls: list[int], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), Special(32, 24), nn.Linear(24, 40, bias=False), nn.Linear(24, 3)).eval()
+    model[3] = nn.Identity()
+    names = [str(module) for module in model]
+    plain, keys = copy.deepcopy(model), list(model.state_dict())
+    remarks = kernels.accelerate(model, rows=(4, 8))
+    assert [remark.site for remark in remarks] == ["0", "2"]
+    assert remarks[0].reason == "one product: 1.00 times as fast at 4 rows, 3.00 times as fast at 8 rows"
+    assert (names, keys) == ([str(module) for module in model], list(model.state_dict()))
+    with torch.no_grad():
+        for rows, used in ((8, True), (3, False)):
+            calls.clear()
+            assert_same(model(torch.ones(rows, 24)), plain(torch.ones(rows, 24)))
+            assert calls == [rows] * (2 if used else 0)
+        calls.clear()
+        torch.save(model, tmp_path / "model.pt")
+        for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            assert [type(module) for module in other] == [nn.Linear, Special, nn.Linear, nn.Identity]
+            assert_same(other(torch.ones(8, 24)), plain(torch.ones(8, 24)))
+        assert calls == []
+    model(X).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert calls == []
+    kernels.accelerate(model, ())
+    assert [type(module) for module in model] == [nn.Linear, Special, nn.Linear, nn.Identity]
+    assert [set(vars(module)) for module in model] == [set(vars(module)) for module in plain]
+
+
+def test_an_example_that_does_not_run_leaves_all_as_it_was(small: nn.Module, gains: dict[int, float]) -> None:
+    before = [type(module) for module in small.modules()]
+    with pytest.raises(RuntimeError):
+        kernels.accelerate(small, example=torch.randn(2, 5))
+    assert [type(module) for module in small.modules()] == before
+    assert not any(module.on_kernels for module in factored(small))
 
 
 def test_the_measurement_gives_a_ratio_and_leaves_the_model_alone(small: nn.Module) -> None:
