@@ -6,7 +6,14 @@
    columns, one for each position of the output, of all images in a row. A window's input is first laid out with its zeros,
    one plane for each phase of the stride; then what a tap meets along a row of the output lies in a row. The columns of
    WIDTH positions are packed, for DEPTH inputs and taps at a time, in panels of two vectors, and the tiles of many_rows.c
-   multiply rows of the weight with them. Several images, or some rows of one, go through all stages at a time, so that
+   multiply rows of the weight with them.
+
+   The first one, if 1 x 1, may be behind a gather of the channels, h = x[order[:r]] + x[order[r:]] first', and to the last
+   one, 1 x 1, what it reads may be put on top (stacked), perhaps before a gather, y = [h, h last'][place] + bias: as in
+   two_products.c, with channels for entries. Neither moves anything: the columns are read, and the outputs are written,
+   where they lie.
+
+   Several images, or some rows of one, go through all stages at a time, so that
    what lies between stages stays in the second-level cache.
    This file includes itself once for each instruction set, as two_products.c does, whose names it uses.
 */
@@ -18,12 +25,21 @@ enum {
     CACHE = 1 << 17 /* numbers that lie between stages at a time */
 };
 
-/* One convolution. `plain`: 1 x 1, each position of the input is one of the output. */
+/* One convolution. `plain`: 1 x 1, each position of the input is one of the output. `order`: of the channels of the input,
+   the first `outputs` of which are added to the product; else NULL. `places`: where the output has its channels, those of
+   the input on top, then those of the product; else NULL. */
 struct stage {
     const float *weight;
     long inputs, outputs, rows, columns, down, across, top, left, height, width, in_height, in_width;
     int plain;
+    const int32_t *order;
+    const long *places;
 };
+
+/* Channels of the input, and of the output. */
+static long channels_in(const struct stage *s) { return s->inputs + (s->order ? s->outputs : 0); }
+
+static long channels_out(const struct stage *s) { return s->outputs + (s->places ? s->inputs : 0); }
 
 struct span {
     long start, stop;
@@ -110,12 +126,32 @@ static struct span needed(const struct stage *s, struct span out) {
     return (struct span){start, stop > start ? stop : start};
 }
 
+/* Channels that are stacked on the product, at positions [start, stop) of all images. */
+static void stack(const struct task *t, long start, long stop) {
+    for (long q = start; q < stop;) {
+        const long image = q / t->positions, place = q % t->positions;
+        const long length = t->positions - place < stop - q ? t->positions - place : stop - q;
+        for (long channel = 0; channel < t->stage->inputs; channel++) {
+            const long to = t->stage->places[channel];
+            const float *from = t->from + image * t->from_image + channel * t->from_channel + place;
+            const float bias = t->bias ? t->bias[to] : 0;
+            float *y = t->to + image * t->to_image + to * t->to_channel + place;
+            for (long x = 0; x < length; x++)
+                y[x] = from[x] + bias;
+        }
+        q += length;
+    }
+}
+
 static void some_blocks(void *context, long start, long stop) {
     const struct task *t = context;
     const long outputs = t->stage->outputs, all = t->images * t->positions;
     for (long part = start; part < stop; part++) {
         const long chunk = part % t->chunks, q = part / t->chunks * t->wide, first = outputs * chunk / t->chunks;
-        t->block(t, first, outputs * (chunk + 1) / t->chunks - first, q, q + t->wide < all ? q + t->wide : all);
+        const long behind = q + t->wide < all ? q + t->wide : all;
+        if (chunk == 0 && t->stage->places)
+            stack(t, q, behind);
+        t->block(t, first, outputs * (chunk + 1) / t->chunks - first, q, behind);
     }
 }
 
@@ -132,7 +168,7 @@ static long between(const struct stage *stages, int count, long rows, long *laid
         }
         long length = (span.stop - span.start - 1) * s->down + s->rows;
         span.stop = span.start + (length < s->in_height ? length : s->in_height);
-        long size = k ? s->inputs * (span.stop - span.start) * s->in_width : 0;
+        long size = k ? channels_in(s) * (span.stop - span.start) * s->in_width : 0;
         most = size > most ? size : most;
     }
     return most;
@@ -164,12 +200,12 @@ static void run_band(const struct plan *p, int threads, long image, long images,
                          plane_rows(s, out_rows), out_rows * s->width, 0, 1, versions[p->version].block};
         if (s == first) {
             t.from_channel = s->in_height * s->in_width;
-            t.from_image = s->inputs * t.from_channel;
+            t.from_image = channels_in(s) * t.from_channel;
             t.from = p->x + image * t.from_image + spans[0].start * s->in_width;
         }
         if (s == last) {
             t.to_channel = s->height * s->width;
-            t.to_image = s->outputs * t.to_channel;
+            t.to_image = channels_out(s) * t.to_channel;
             t.to = p->y + image * t.to_image + rows.start * s->width;
             t.bias = p->bias;
         }
@@ -178,12 +214,13 @@ static void run_band(const struct plan *p, int threads, long image, long images,
         for (long channel = 0; channel < s->inputs; channel++)
             for (long y = 0; y < s->rows; y++)
                 for (long x = 0; x < s->columns; x++)
-                    *offset++ = s->plain ? channel * t.from_channel
+                    *offset++ = s->plain ? (s->order ? s->order[s->outputs + channel] : channel) * t.from_channel
                                          : (channel * phases(s) + y % s->down * s->across + x % s->across) * plane +
                                                y / s->down * t.pitch + x / s->across;
         if (!s->plain)
             pool_run(threads, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
-        const long depth = s->inputs * s->rows * s->columns, most = DEPTH * WIDTH / (depth < DEPTH ? depth : DEPTH);
+        const long depth = s->inputs * s->rows * s->columns, deepest = depth < DEPTH ? depth + !depth : DEPTH;
+        const long most = DEPTH * WIDTH / deepest;
         t.wide = most < WIDEST ? most / WIDTH * WIDTH : WIDEST;
         const long parts = (images * t.positions + t.wide - 1) / t.wide, wanted = (2 * threads - 1) / parts + 1;
         const long worth = 1 + s->outputs * depth / (1 << 14);
@@ -192,27 +229,55 @@ static void run_band(const struct plan *p, int threads, long image, long images,
     }
 }
 
+/* Whether each number below n is there once; where they are is in `places`. */
+static int inverted(const int32_t *index, long n, long *places) {
+    for (long k = 0; k < n; k++)
+        places[k] = -1;
+    for (long k = 0; k < n; k++) {
+        if (index && (index[k] < 0 || index[k] >= n || places[index[k]] >= 0))
+            return 0;
+        places[index ? index[k] : k] = k;
+    }
+    return 1;
+}
+
 /* Takes x (images, channels, height, width) through `count` convolutions with weights (o, i, rows, columns), `numbers` of
    each: o, rows, columns, stride down and across, zeros on top and at the left, height and width of the output. bias of
-   the last or NULL. y (images, o, height, width). */
+   the last or NULL. order (channels) or NULL, of the first one, place of the channels of the output or NULL, only if
+   stacked. y (images, channels of the output, height, width). */
 EXPORT int tdc_convolutions(int version, int threads, const float *x, const float *const *weights, const float *bias,
-                            float *y, long images, long channels, long height, long width, int count,
-                            const long *numbers) {
+                            const int32_t *order, const int32_t *place, float *y, long images, long channels,
+                            long height, long width, int count, const long *numbers, int stacked) {
     struct stage stages[STAGES];
     long taps = 0, macs = 0;
-    if (version < 0 || version > tdc_version() || count < 1 || count > STAGES)
+    if (version < 0 || version > tdc_version() || count < 1 + !!order || count > STAGES)
         return NO_SUCH_VERSION;
+    for (long k = 0; order && k < channels; k++)
+        if (order[k] < 0 || order[k] >= channels)
+            return INDEX;
+    channels -= order ? numbers[0] : 0;
     for (int k = 0; k < count; k++, numbers += 9) {
         const long *n = numbers;
         int plain = n[1] == 1 && n[2] == 1 && n[3] == 1 && n[4] == 1 && n[7] == height && n[8] == width;
         stages[k] = (struct stage){weights[k], channels, n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8],
-                                   height,     width,    plain};
+                                   height,     width,    plain, k ? NULL : order, NULL};
+        if ((k == 0 && order && !plain) || (k == count - 1 && stacked && !plain))
+            return NO_SUCH_VERSION;
         taps = channels * n[1] * n[2] > taps ? channels * n[1] * n[2] : taps;
         macs += n[0] * channels * n[1] * n[2] * n[7] * n[8];
         channels = n[0], height = n[7], width = n[8];
     }
-    if (images == 0 || channels == 0 || height == 0 || width == 0)
+    if (images == 0 || height == 0 || width == 0)
         return OK;
+    struct stage *last = stages + count - 1;
+    long *places = stacked ? malloc((size_t)(last->inputs + last->outputs + 1) * sizeof(long)) : NULL;
+    if (stacked && !places)
+        return NO_MEMORY;
+    if (stacked && !inverted(place, last->inputs + last->outputs, places)) {
+        free(places);
+        return INDEX;
+    }
+    last->places = places;
     long rows = height, laid, value = between(stages, count, rows, &laid);
     while (rows > 1 && laid + 2 * value > CACHE)
         rows = (rows + 1) / 2, value = between(stages, count, rows, &laid);
@@ -221,8 +286,10 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
     laid = (laid * together + 15) / 16 * 16;
     long values = (value * together + 15) / 16 * 16, size = (laid + 2 * values) * (long)sizeof(float);
     float *scratch = aligned_alloc(64, (size_t)((size + taps * (long)sizeof(long) + 63) / 64 * 64));
-    if (!scratch)
+    if (!scratch) {
+        free(places);
         return NO_MEMORY;
+    }
     struct plan plan = {stages, count, version, x, bias, y, scratch, {scratch + laid, scratch + laid + values},
                         (long *)(void *)(scratch + laid + 2 * values), value};
     threads = pool_enter(macs * images < 1 << 20 ? 1 : threads);
@@ -232,6 +299,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
                      (struct span){row, row + rows < height ? row + rows : height});
     pool_leave(threads);
     free(scratch);
+    free(places);
     return OK;
 }
 
@@ -309,9 +377,10 @@ static TARGET void NAMED(put, VERSION)(const struct task *t, const float *sums, 
     while (count > 0) {
         const long image = q / t->positions, place = q % t->positions;
         const long length = t->positions - place < count ? t->positions - place : count;
-        float *y = t->to + image * t->to_image + output * t->to_channel + place;
-        for (int s = 0; s < high; s++, y += t->to_channel) {
-            const float *sum = sums + s * 2 * LANES, bias = t->bias ? t->bias[output + s] : 0;
+        for (int s = 0; s < high; s++) {
+            const long channel = t->stage->places ? t->stage->places[t->stage->inputs + output + s] : output + s;
+            const float *sum = sums + s * 2 * LANES, bias = t->bias ? t->bias[channel] : 0;
+            float *y = t->to + image * t->to_image + channel * t->to_channel + place;
             long x = 0;
             for (; x + LANES <= length; x += LANES) {
                 VEC more = (VEC){0} + bias;
@@ -328,6 +397,22 @@ static TARGET void NAMED(put, VERSION)(const struct task *t, const float *sums, 
     }
 }
 
+/* What is added to the product behind a gather, to where the product goes, for the positions of a panel. */
+static TARGET void NAMED(pass_by, VERSION)(const struct task *t, long output, long outputs, const struct piece *pieces,
+                                           long count, long q) {
+    for (long j = 0; j < count; j++) {
+        const long image = (q + pieces[j].at) / t->positions, place = (q + pieces[j].at) % t->positions;
+        for (long o = output; o < output + outputs; o++) {
+            float *y = t->to + image * t->to_image + o * t->to_channel + place;
+            const float *from = pieces[j].from + t->stage->order[o] * t->from_channel;
+            if (pieces[j].length == LANES)
+                *(VEC *)y = *(const VEC *)from;
+            else
+                memcpy(y, from, (size_t)pieces[j].length * sizeof(float));
+        }
+    }
+}
+
 /* Outputs from `output` at positions [start, stop), at most `wide` of them. */
 static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long outputs, long start, long stop) {
     enum { PANEL = 2 * LANES };
@@ -340,6 +425,8 @@ static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long
     for (long j = 0; j < panels; j++) {
         const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
         firsts[j + 1] = firsts[j] + pieces_of(t, q, count, LANES, pieces + firsts[j]);
+        if (t->stage->order)
+            NAMED(pass_by, VERSION)(t, output, outputs, pieces + firsts[j], firsts[j + 1] - firsts[j], q);
     }
     if ((stop - start) % LANES) /* what is behind the last position is multiplied too */
         memset(packed + (panels - 1) * deepest * PANEL, 0, (size_t)deepest * PANEL * sizeof(float));
@@ -351,7 +438,8 @@ static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long
         for (long tile = 0; tile < tiles; tile++) {
             const long b = output + outputs * tile / tiles;
             const int high = (int)(output + outputs * (tile + 1) / tiles - b);
-            const float *w = t->stage->weight + b * depth + k, *bias = k || !t->bias ? NULL : t->bias + b;
+            const float *w = t->stage->weight + b * depth + k, *bias = t->bias ? t->bias + b : NULL;
+            const int begun = k > 0 || t->stage->order;
             for (int s = 0; s < high; s++)
                 memcpy(rows + s * ROW, w + s * depth, (size_t)some * sizeof(float));
             w += tile + 1 < tiles ? high * depth : some - (outputs - high) * depth; /* those of the tile that comes next */
@@ -362,12 +450,12 @@ static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long
                 const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
                 const long image = q / t->positions, place = q % t->positions;
                 const float *panel = packed + j * deepest * PANEL;
-                if (count % LANES == 0 && place + count <= t->positions) {
+                if (count % LANES == 0 && place + count <= t->positions && !t->stage->places) {
                     float *to = t->to + image * t->to_image + b * t->to_channel + place;
-                    NAMED(high_tiles, VERSION)[high](panel, rows, some, to, t->to_channel, k > 0, bias, count);
+                    NAMED(high_tiles, VERSION)[high](panel, rows, some, to, t->to_channel, begun, bias, count);
                 } else {
                     NAMED(high_tiles, VERSION)[high](panel, rows, some, sums, PANEL, 0, NULL, count);
-                    NAMED(put, VERSION)(t, sums, b, high, q, count, k > 0);
+                    NAMED(put, VERSION)(t, sums, b, high, q, count, begun);
                 }
             }
         }

@@ -2,6 +2,9 @@
 
 Equations: those of ``b g i p q, (g o) i p q -> b g o`` for each, without p, q or both where its window has one tap;
 float32, one group, no dilation, images in the order (examples, channels, height, width). The bias is the last one's.
+With ``order`` (i,) int32 the first one, 1 x 1, is behind a gather of the channels: ``h = x[order[:r]] + first
+x[order[r:]]``. If ``stacked`` the last one, 1 x 1, stands beside what it reads, ``y = [h, last h]``, and ``place`` (o,)
+int32, a permutation, may gather the output.
 Rounding: sums in another order than torch's, no farther from the exact result. The operator is the chain of torch's
 own.
 """
@@ -10,13 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tdc.ir import Decline, OpKind
+from tdc.ir import Decline, OpKind, Window
 
 from ..base import Kernel, Line, Windows
 from .two_products import available, library
@@ -34,42 +38,64 @@ def _code() -> tuple[Any, int]:
     return found.tdc_convolutions, found.tdc_version()
 
 
-def run(x: Tensor, *operands: Any, version: int | None = None) -> Tensor:
+def run(
+    x: Tensor,
+    *operands: Any,
+    order: Tensor | None = None,
+    place: Tensor | None = None,
+    stacked: bool = False,
+    version: int | None = None,
+) -> Tensor:
     """The C code on ``x, *weights, bias, windows``; ``version``: see :func:`tdc.kernels.c.two_products.run`."""
     *weights, bias, windows = operands
     code, widest = _code()
     if not all(t.is_cpu and t.dtype is torch.float32 for t in (x, *weights, bias) if t is not None):
         raise ValueError("the C code takes float32 on the processor")
-    numbers, shape = _stages(tuple(x.shape), tuple(tuple(weight.shape) for weight in weights), windows)
+    shapes = tuple(tuple(weight.shape) for weight in weights)
+    numbers, shape = _stages(tuple(x.shape), shapes, windows, order is not None, stacked)
     if bias is not None and bias.shape != shape[:1]:
         raise ValueError(f"the bias {list(bias.shape)} does not fit {shape[0]} outputs")
+    for index, length in ((order, x.shape[1]), (place, shape[0] if stacked else -1)):
+        if index is not None and (index.dtype is not torch.int32 or index.shape != (length,)):
+            raise ValueError(f"an index {index.dtype} {list(index.shape)} does not fit (place only where stacked)")
     x, weights = x.contiguous(), [weight.contiguous() for weight in weights]
-    bias = None if bias is None else bias.contiguous()
+    given = [t if t is None else t.contiguous() for t in (bias, order, place)]
     y = x.new_empty((len(x), *shape))
     failed = code(
         widest if version is None else version,
         torch.get_num_threads(),
         x.data_ptr(),
         (ctypes.c_void_p * len(weights))(*[weight.data_ptr() for weight in weights]),
-        None if bias is None else bias.data_ptr(),
+        *[t if t is None else t.data_ptr() for t in given],
         y.data_ptr(),
         *x.shape,
         len(weights),
         numbers,
+        stacked,
     )
     if failed == 1:
         raise MemoryError("no memory for what lies between the convolutions")
+    if failed == 2:
+        raise IndexError("an index is out of range, or place is no permutation")
     if failed:
         raise ValueError(f"this processor does not have version {version}")
     return y
 
 
 @functools.lru_cache(maxsize=1024)
-def _stages(given: tuple[int, ...], weights: tuple[tuple[int, ...], ...], windows: Windows) -> tuple[Any, torch.Size]:
+def _stages(
+    given: tuple[int, ...], weights: tuple[tuple[int, ...], ...], windows: Windows, gathered: bool, stacked: bool
+) -> tuple[Any, torch.Size]:
     """What the C code is told of each convolution, and the shape of one output. ValueError where they do not fit."""
     if len(given) != 4 or not 0 < len(weights) == len(windows) <= MOST:
         raise ValueError(f"the shapes do not fit: {given}, {weights}")
     _, channels, height, width = given
+    channels -= weights[0][0] if gathered else 0
+    ends = [windows[0]] * gathered + [windows[-1]] * stacked
+    if not all(window.trivial for pair in ends for window in pair) or (gathered and len(weights) < 2):
+        raise ValueError(
+            "only a convolution of one tap can be behind a gather or stacked, and the last one cannot be both"
+        )
     numbers: list[int] = []
     for shape, (down, across) in zip(weights, windows, strict=True):
         taps = [window.size for window in (down, across) if window.size > 1]
@@ -83,26 +109,47 @@ def _stages(given: tuple[int, ...], weights: tuple[tuple[int, ...], ...], window
         numbers += [height, width]
         if not height or not width:
             raise ValueError("the input is smaller than the window")
-    return (ctypes.c_long * len(numbers))(*numbers), torch.Size((channels, height, width))
+    outputs = channels + (weights[-1][1] if stacked else 0)
+    return (ctypes.c_long * len(numbers))(*numbers), torch.Size((outputs, height, width))
 
 
-def reference(x: Tensor, *operands: Any) -> Tensor:
+def reference(
+    x: Tensor,
+    *operands: Any,
+    order: Tensor | None = None,
+    place: Tensor | None = None,
+    stacked: bool = False,
+) -> Tensor:
     """The same by stock operators."""
     *weights, bias, windows = operands
-    for place, (weight, slides) in enumerate(zip(weights, windows, strict=True)):
-        pads = [window.padding(length) for window, length in zip(slides, x.shape[2:], strict=True)]
-        if any(before != after for before, after in pads):
-            x = functional.pad(x, [size for pair in reversed(pads) for size in pair])
-            pads = [(0, 0)] * len(pads)
-        x = functional.conv2d(
-            x,
-            weight.reshape(*weight.shape[:2], *(window.size for window in slides)),
-            bias if place == len(weights) - 1 else None,
-            [window.stride for window in slides],
-            [before for before, _ in pads],
-            [window.dilation for window in slides],
-        )
-    return x
+    passed = None
+    if order is not None:
+        gathered, rank = x.index_select(1, order), len(weights[0])
+        passed, x = gathered[:, :rank], gathered[:, rank:]
+    for k, (weight, slides) in enumerate(zip(weights, windows, strict=True)):
+        last = k == len(weights) - 1
+        made = _convolution(x, weight, bias if last and not stacked else None, slides)
+        x = torch.cat([x, made], 1) if last and stacked else made if passed is None or k else passed + made
+    x = x if place is None else x.index_select(1, place)
+    return x if bias is None or not stacked else x + bias[:, None, None]
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, slides: Sequence[Window]) -> Tensor:
+    if not weight.numel():  # torch takes no convolution without channels
+        lengths = [window.positions(length) for window, length in zip(slides, x.shape[2:], strict=True)]
+        return x.new_zeros(len(x), len(weight), *lengths)
+    pads = [window.padding(length) for window, length in zip(slides, x.shape[2:], strict=True)]
+    if any(before != after for before, after in pads):
+        x = functional.pad(x, [size for pair in reversed(pads) for size in pair])
+        pads = [(0, 0)] * len(pads)
+    return functional.conv2d(
+        x,
+        weight.reshape(*weight.shape[:2], *(window.size for window in slides)),
+        bias,
+        [window.stride for window in slides],
+        [before for before, _ in pads],
+        [window.dilation for window in slides],
+    )
 
 
 def _limits(sizes: dict[str, int], windows: Windows) -> Decline | None:
@@ -112,14 +159,27 @@ def _limits(sizes: dict[str, int], windows: Windows) -> Decline | None:
 
 
 def _kernel(name: str, lines: str, factors: str) -> Kernel:
+    names, stacked = factors.split(), "concat" in lines
+
+    def called(function: Any) -> Any:
+        """``function`` with the factors in the order of the lines."""
+
+        def call(x: Tensor, *operands: Any) -> Any:
+            *own, bias, windows = operands
+            given = dict(zip(names, own, strict=True))
+            order, place = given.pop("order", None), given.pop("place", None)
+            return function(x, *given.values(), bias, windows, order=order, place=place, stacked=stacked)
+
+        return call
+
     return Kernel(
         name,
         tuple(Line.parse(line) for line in lines.strip().splitlines()),
-        tuple(factors.split()),
+        tuple(names),
         LIMITS,
-        reference,
-        run,
-        reference,
+        called(reference),
+        called(run),
+        called(reference),
         available,
         OpKind.CONV2D,
         _limits,
@@ -169,5 +229,62 @@ KERNELS = (
         t3 = conv(t2, last)  # b g s, (g o) s -> b g o
         """,
         "first down across last",
+    ),
+    _kernel(
+        "convolutions: channels behind a gather, window",
+        """
+        t0 = take(x, order[0:r])
+        t1 = take(x, order[r:i])
+        t2 = conv(t1, first)  # b g i p q, (g r) i -> b g p q r
+        t3 = add(t0, t2)
+        t4 = conv(t3, last)  # b g p q r, (g o) r p q -> b g o
+        """,
+        "order first last",
+    ),
+    _kernel(
+        "convolutions: window, channels, stacked",
+        """
+        t0 = conv(x, first)  # b g i p q, (g r) i p q -> b g r
+        t1 = conv(t0, last)  # b g r, (g o) r -> b g o
+        t2 = concat(t0, t1)
+        """,
+        "first last",
+    ),
+    _kernel(
+        "convolutions: window, channels, stacked, before a gather",
+        """
+        t0 = conv(x, first)  # b g i p q, (g r) i p q -> b g r
+        t1 = conv(t0, last)  # b g r, (g o) r -> b g o
+        t2 = concat(t0, t1)
+        t3 = take(t2, place[0:o])
+        """,
+        "first last place",
+    ),
+    _kernel(
+        "convolutions: channels behind a gather, window, channels, stacked",
+        """
+        t0 = take(x, order[0:r])
+        t1 = take(x, order[r:i])
+        t2 = conv(t1, first)  # b g i p q, (g r) i -> b g p q r
+        t3 = add(t0, t2)
+        t4 = conv(t3, core)  # b g p q r, (g s) r p q -> b g s
+        t5 = conv(t4, last)  # b g s, (g o) s -> b g o
+        t6 = concat(t4, t5)
+        """,
+        "order first core last",
+    ),
+    _kernel(
+        "convolutions: channels behind a gather, window, channels, stacked, before a gather",
+        """
+        t0 = take(x, order[0:r])
+        t1 = take(x, order[r:i])
+        t2 = conv(t1, first)  # b g i p q, (g r) i -> b g p q r
+        t3 = add(t0, t2)
+        t4 = conv(t3, core)  # b g p q r, (g s) r p q -> b g s
+        t5 = conv(t4, last)  # b g s, (g o) s -> b g o
+        t6 = concat(t4, t5)
+        t7 = take(t6, place[0:o])
+        """,
+        "order first core last place",
     ),
 )

@@ -59,7 +59,7 @@ def library() -> ctypes.CDLL | Decline:
         number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_long
         found.tdc_two_products.argtypes = [*[number] * 2, *[pointer] * 7, *[size] * 4, number]
         found.tdc_one_product.argtypes = [*[number] * 2, *[pointer] * 5, *[size] * 3]
-        found.tdc_convolutions.argtypes = [*[number] * 2, *[pointer] * 4, *[size] * 4, number, pointer]
+        found.tdc_convolutions.argtypes = [*[number] * 2, *[pointer] * 6, *[size] * 4, number, pointer, number]
     return found
 
 

@@ -98,6 +98,93 @@ def test_results_are_as_good_as_torchs(name: str, bias: bool, version: int) -> N
     assert ours <= 2 * theirs + 2**-24
 
 
+PIVOTED: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int, Windows]] = {
+    "7 x 7": ((5, 32, 7, 7), 16, (16,), 24, (slides(3, 3),)),
+    "odd": ((3, 9, 13, 11), 5, (7,), 19, (slides(3, 2, (2, 1)),)),
+    "deep, small images": ((7, 300, 3, 3), 33, (70,), 130, (slides(3, 3),)),
+    "bands": ((2, 40, 90, 80), 24, (24,), 30, (slides(3, 3),)),
+    "no coefficients": ((2, 6, 8, 8), 6, (9,), 9, (slides(3, 3),)),
+    "two windows": ((2, 12, 15, 17), 8, (7, 9), 20, (slides(3, 1), slides(1, 3))),
+    "many images of one position": ((70, 64, 1, 1), 16, (24,), 64, (slides(1, 1),)),
+}
+"""Shape of x, channels behind the gather, of the windows' outputs and of the result, windows."""
+
+
+def pivoted(name: str, form: str, bias: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands and keywords. ``form``: of ``order``, ``stacked`` and ``place`` those that there are."""
+    shape, rank, inner, outputs, windows = PIVOTED[name]
+    made = torch.Generator().manual_seed(0)
+    channels, weights, slid, named = shape[1], [], list(windows), {}
+    if "order" in form:
+        named["order"] = torch.randperm(channels, generator=made).int()
+        weights.append(torch.randn(rank, channels - rank, generator=made) / channels**0.5)
+        channels, slid = rank, [ONE, *slid]
+    for out, pair in zip(inner, windows, strict=True):
+        taps = [window.size for window in pair if window.size > 1]
+        weights.append(torch.randn(out, channels, *taps, generator=made) / channels**0.5)
+        channels = out
+    if "stacked" in form:
+        weights.append(torch.randn(outputs - channels, channels, generator=made))
+        channels, slid = outputs, [*slid, ONE]
+        named["place"] = torch.randperm(outputs, generator=made).int() if "place" in form else None
+    some_bias = torch.randn(channels, generator=made) if bias else None
+    return (torch.randn(shape, generator=made), *weights, some_bias, tuple(slid)), {
+        **named,
+        "stacked": "stacked" in form,
+    }
+
+
+@pytest.mark.parametrize("name", PIVOTED)
+@pytest.mark.parametrize("form", ["order", "stacked", "stacked place", "order stacked", "order stacked place"])
+def test_pivoted_results_are_as_good_as_torchs(name: str, form: str, version: int) -> None:
+    for bias in (True, False):
+        given, named = pivoted(name, form, bias)
+        right = reference(*mapped(given, Tensor.double), **named)
+        terms = reference(*mapped(given, lambda t: t.double().abs()), **named).norm().item()
+        found = (run(*given, **named, version=version), reference(*given, **named))
+        ours, theirs = (((y.double() - right).norm() / terms).item() for y in found)
+        assert found[0].shape == right.shape
+        assert ours <= 2 * theirs + 2**-24
+
+
+@pytest.mark.parametrize("name", ["7 x 7", "deep, small images", "bands"])
+@pytest.mark.usefixtures("three")
+def test_threads_change_no_bit_of_pivoted_results(name: str) -> None:
+    given, named = pivoted(name, "order stacked place")
+    torch.set_num_threads(1)
+    one = run(*given, **named)
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(run(*given, **named), one)
+
+
+def test_indices_that_are_none_are_errors() -> None:
+    given, named = pivoted("odd", "order stacked place")
+    for key, wrong in (("order", -1), ("order", 9), ("place", 19), ("place", -2)):
+        index = named[key].clone()
+        index[3] = wrong
+        with pytest.raises(IndexError, match="out of range"):
+            run(*given, **{**named, key: index})
+    twice = named["place"].clone()
+    twice[0] = twice[1]
+    with pytest.raises(IndexError, match="permutation"):
+        run(*given, **{**named, "place": twice})
+    for key, index in (("order", named["order"].long()), ("order", named["order"][:-1]), ("place", named["place"][1:])):
+        with pytest.raises(ValueError, match="an index"):
+            run(*given, **{**named, key: index})
+    with pytest.raises(ValueError, match="only where stacked"):
+        run(*pivoted("odd", "order")[0], order=named["order"], place=named["place"])
+
+
+def test_windows_cannot_be_gathered_or_stacked() -> None:
+    (x, weight, bias, windows), named = pivoted("odd", "")
+    assert named == {"stacked": False}
+    order = torch.arange(x.shape[1], dtype=torch.int32)
+    for how in ({"order": order}, {"stacked": True}):
+        with pytest.raises(ValueError, match="one tap"):
+            run(x, weight, bias, windows, **how)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def three() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -211,7 +211,7 @@ def test_an_example_measures_what_layers_share_at_their_rows(small: nn.Module, g
     assert [remark.reason for remark in remarks] == [f"{said}; what it shares: {said}"] * 2
 
 
-@pytest.mark.parametrize("name", ["tucker2", "output_svd", "input_svd", "spatial_svd", "tt_conv"])
+@pytest.mark.parametrize("name", ["tucker2", "output_svd", "input_svd", "spatial_svd", "tt_conv", "pivoted"])
 def test_convolutions_run_on_kernels_at_the_shapes_of_the_example(
     name: str, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
