@@ -22,7 +22,8 @@
 enum {
     STAGES = 4,     /* at most */
     WIDEST = 1024,  /* positions of one part, at most */
-    CACHE = 1 << 17 /* numbers that lie between stages at a time */
+    GRAIN = 32,     /* of which they are a multiple */
+    CACHE = 1 << 18 /* numbers that lie between stages at a time */
 };
 
 /* One convolution. `plain`: 1 x 1, each position of the input is one of the output. `order`: of the channels of the input,
@@ -221,8 +222,10 @@ static void run_band(const struct plan *p, int threads, long image, long images,
             pool_run(threads, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
         const long depth = s->inputs * s->rows * s->columns, deepest = depth < DEPTH ? depth + !depth : DEPTH;
         const long most = DEPTH * WIDTH / deepest;
-        t.wide = most < WIDEST ? most / WIDTH * WIDTH : WIDEST;
-        const long parts = (images * t.positions + t.wide - 1) / t.wide, wanted = (2 * threads - 1) / parts + 1;
+        const long all = images * t.positions, widest = (most < WIDEST ? most : WIDEST) / GRAIN * GRAIN;
+        const long fewest = (all + widest - 1) / widest * GRAIN;
+        t.wide = (all + fewest - 1) / fewest * GRAIN; /* parts of one size */
+        const long parts = (all + t.wide - 1) / t.wide, wanted = (2 * threads - 1) / parts + 1;
         const long worth = 1 + s->outputs * depth / (1 << 14);
         t.chunks = wanted < worth ? wanted : worth;
         pool_run(threads, some_blocks, &t, parts * t.chunks, 1);

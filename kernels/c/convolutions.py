@@ -187,6 +187,7 @@ def _kernel(name: str, lines: str, factors: str) -> Kernel:
 
 
 KERNELS = (
+    _kernel("one convolution", "t0 = conv(x, weight)  # b g i p q, (g o) i p q -> b g o", "weight"),
     _kernel(
         "convolutions: channels, window, channels",
         """
