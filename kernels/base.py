@@ -55,6 +55,7 @@ class Kernel:
     ``reference`` the same on stock operators. ``limits`` says in words what it takes. ``available`` declines where it
     cannot run on this machine, ``takes`` sizes and windows that it cannot. Kernels for convolutions, blocks of another
     ``kind``, take the windows of each behind the bias. ``device`` and ``dtypes``: torch's names of what it runs on.
+    ``registered``: the operator is one of TDC's own, not a chain of torch's.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Kernel:
     takes: Callable[[dict[str, int], Windows], Decline | None] = lambda sizes, windows: None
     device: str = "cpu"
     dtypes: tuple[str, ...] = ("float32",)
+    registered: bool = True
 
     def match(self, block: Block) -> Match | Decline:
         """Whether the block is this line, whatever its values, factors and axes are called."""

@@ -19,6 +19,8 @@ from .errors import ModelError
 from .frontends.fx.captured import Bound, Captured, undisturbed
 from .frontends.fx.match import match
 from .frontends.fx.rewrite import Rewritten, rewrite, sources
+from .kernels import Match
+from .kernels.graphs import GraphKernels
 
 __all__ = ["Graph", "Instance"]
 
@@ -62,9 +64,15 @@ class Graph:
         self.roots = [places[node] for w in self.weights for node in w.roots if node in places]
         self.watched = sorted({places[node] for w in self.weights for node in sources(w) if node in places})
         self._pick = picker(self.watched)
+        self._kernels = GraphKernels()
         self._lowered: dict[Any, tuple[Call, bool]] = {}
         self._instances: dict[tuple[int, ...], Instance] = {}
         self._current = self.instance(args)
+
+    def kernel(self, *what: Any) -> Match | None:
+        """See :class:`tdc.kernels.graphs.GraphKernels`."""
+        with undisturbed():
+            return self._kernels(*what)
 
     def use_dense(self, dense: Call) -> None:
         self._dense = dense
@@ -193,7 +201,7 @@ class Instance:
             return self.run_dense()
         bound = self.bound()
         weights = [replace(w, tensor=bound.tensors[w.roots[0]]) for w in graph.weights]
-        new = rewrite(graph.captured, weights, outcome.cuts)
+        new = rewrite(graph.captured, weights, outcome.cuts, graph.kernel if graph.settings.kernels == "auto" else None)
         if not new.replaced:
             return self.run_dense()
         nodes = graph.captured.placeholders

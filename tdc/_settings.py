@@ -23,6 +23,7 @@ __all__ = ["Settings", "log"]
 log = logging.getLogger("tdc")
 DEFAULT_BUDGET, DEFAULT_CALLS = "params=0.7", 8
 _ON_UPDATE, _TRAINING, _FREEZING = ("refit", "error"), ("dense", "error"), ("auto", "on", "off")
+_KERNELS = ("auto", "off")
 _OPTIONS: dict[str, Any] = {
     "budget": None,
     "metric": "auto",
@@ -50,7 +51,8 @@ class Settings:
     the background. 0: at compilation. ``inner``: the compiler of the graphs, inductor, aot_eager or eager. ``strict``:
     an error instead of the dense graph. ``on_update``: refit or error, when a weight was changed. ``release_weights``:
     free the memory of the replaced weights. ``training``: dense or error, where gradients are wanted. ``freezing``: let
-    Inductor hold the weights as constants: auto (measured), on, off. ``cache``: a folder where fitted factors are kept,
+    Inductor hold the weights as constants: auto (measured), on, off. ``kernels``: TDC's own operators in the graphs,
+    auto (where they are measured to be faster than torch's) or off. ``cache``: a folder where fitted factors are kept,
     so that the same plan on the same weights is not fitted again in another process.
     """
 
@@ -67,6 +69,7 @@ class Settings:
     release_weights: bool = False
     training: str = "dense"
     freezing: str = "auto"
+    kernels: str = "auto"
     cache: Path | None = None
     given: Any = None
     """The user's own mapping: kept, so that its identity stays its own."""
@@ -129,6 +132,7 @@ class Settings:
             ("on_update", _ON_UPDATE),
             ("training", (*_TRAINING, "factors")),
             ("freezing", _FREEZING),
+            ("kernels", _KERNELS),
         ):
             if getattr(self, name) not in known:
                 raise OptionError(f"unknown {name} {getattr(self, name)!r}. Known: {', '.join(known)}")

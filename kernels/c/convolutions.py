@@ -5,8 +5,8 @@ float32, one group, no dilation, images in the order (examples, channels, height
 With ``order`` (i,) int32 the first one, 1 x 1, is behind a gather of the channels: ``h = x[order[:r]] + first
 x[order[r:]]``. If ``stacked`` the last one, 1 x 1, stands beside what it reads, ``y = [h, last h]``, and ``place`` (o,)
 int32, a permutation, may gather the output.
-Rounding: sums in another order than torch's, no farther from the exact result. The operator is the chain of torch's
-own.
+Rounding: sums in another order than torch's, no farther from the exact result. The operator is ``tdc::convolutions``;
+where the padding depends on the lengths it is the chain of torch's own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional
 from tdc.ir import Decline, OpKind, Window
 
 from ..base import Kernel, Line, Windows
+from ..operator import Operator
 from .two_products import available, library
 
 __all__ = ["KERNELS", "reference", "run"]
@@ -152,6 +153,89 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, slides: Sequenc
     )
 
 
+def _encoded(windows: Windows) -> list[int] | None:
+    """As the operator takes them; None where padding depends on the lengths."""
+    if any(window.auto for pair in windows for window in pair):
+        return None
+    return [n for pair in windows for w in pair for n in (w.size, w.stride, w.dilation, w.before, w.after)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _decoded(numbers: tuple[int, ...]) -> Windows:
+    parts = zip(*[iter(numbers)] * 5, strict=True)
+    made = [Window("pq"[k % 2], *part) for k, part in enumerate(parts)]
+    return tuple(zip(made[::2], made[1::2], strict=True))
+
+
+def _given(function: Any) -> Any:
+    """``function`` with the operator's arguments."""
+
+    def call(
+        x: Tensor,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        windows: Sequence[int],
+        order: Tensor | None,
+        place: Tensor | None,
+        stacked: bool,
+    ) -> Any:
+        named = {"order": order, "place": place, "stacked": stacked}
+        return function(x, *weights, bias, _decoded(tuple(windows)), **named)
+
+    return call
+
+
+def _on_processor(x: Tensor, *operands: Any, **named: Any) -> Tensor:
+    plain = x.dtype is torch.float32 and x.is_contiguous() and available() is None
+    return (run if plain else reference)(x, *operands, **named)
+
+
+def _fake(x: Tensor, *operands: Any, order: Tensor | None, place: Tensor | None, stacked: bool) -> Tensor:
+    *weights, _, windows = operands
+    height, width = x.shape[2:]
+    for down, across in windows:
+        height, width = down.positions(height), across.positions(width)
+    return x.new_empty((x.shape[0], len(weights[-1]) + (weights[-1].shape[1] if stacked else 0), height, width))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, bias, ctx.windows, order, place, ctx.stacked = inputs
+    ctx.save_for_backward(x, *weights, bias, order, place)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """By the reference, which is computed again."""
+    *floats, order, place = ctx.saved_tensors
+    held = [None if t is None else t.detach().requires_grad_() for t in floats]
+    with torch.enable_grad():
+        x, *weights, bias = held
+        y = _given(reference)(x, weights, bias, ctx.windows, order, place, ctx.stacked)
+    found = iter(torch.autograd.grad(y, [t for t in held if t is not None], grad, allow_unused=True))
+    x_grad, *weight_grads, bias_grad = [None if t is None else next(found) for t in held]
+    return x_grad, weight_grads, bias_grad, None, None, None, None
+
+
+operator = Operator(
+    "convolutions",
+    "convolutions(Tensor x, Tensor[] weights, Tensor? bias, int[] windows, Tensor? order, Tensor? place, "
+    "bool stacked) -> Tensor",  # no defaults: what is left out would be missing among the inputs of backward
+    {"CPU": _given(_on_processor)},
+    _given(reference),
+    _given(_fake),
+    _backward,
+    _setup,
+)
+
+
+def _by_operator(x: Tensor, *operands: Any, **named: Any) -> Tensor:
+    *weights, bias, windows = operands
+    numbers = _encoded(windows)
+    if numbers is None:
+        return reference(x, *operands, **named)
+    made: Tensor = operator()(x, weights, bias, numbers, *named.values())
+    return made
+
+
 def _limits(sizes: dict[str, int], windows: Windows) -> Decline | None:
     if sizes["g"] != 1 or any(window.dilation != 1 < window.size for slides in windows for window in slides):
         return Decline(f"takes {LIMITS}")
@@ -177,7 +261,7 @@ def _kernel(name: str, lines: str, factors: str) -> Kernel:
         tuple(Line.parse(line) for line in lines.strip().splitlines()),
         tuple(names),
         LIMITS,
-        called(reference),
+        called(_by_operator),
         called(run),
         called(reference),
         available,

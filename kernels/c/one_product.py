@@ -94,6 +94,7 @@ KERNELS = (
         run,
         functional.linear,
         available,
+        registered=False,
     ),
     Kernel(
         "one product behind a gather",
@@ -109,5 +110,6 @@ KERNELS = (
         _gathering(run),
         _gathering(reference),
         available,
+        registered=False,
     ),
 )

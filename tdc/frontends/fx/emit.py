@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ...errors import VerificationError
-from ...ir import Op, Rebuild, Window, contraction, conv_groups, conv_shape
+from ...ir import Block, Op, Rebuild, Window, contraction, conv_groups, conv_shape
 from ..graph import built, memory_format
 from ..program import Replacement
 from .match import Norm, Use
@@ -23,6 +23,10 @@ _CONVOLVE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.defa
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 Constant = Callable[[str, Tensor], fx.Node]
+Kernels = Callable[[Block, Mapping[str, Tensor], Tensor | None, Tensor], Callable[..., Any] | None]
+"""What runs a block with these factors and this bias on such a value, called with the value, the factors by name and
+the bias; None where the block's own operators do.
+"""
 
 
 @dataclass(eq=False)
@@ -35,6 +39,7 @@ class Emitter:
 
     graph: fx.Graph
     constant: Constant
+    kernels: Kernels | None = None
     values: dict[tuple[object, ...], fx.Node] = field(default_factory=dict)
     """What sites with factors in common have computed: by site, activation, dtype and op."""
     _known: dict[str, fx.Node] = field(default_factory=dict)
@@ -80,6 +85,9 @@ class _Line:
 
     def write(self) -> fx.Node:
         entry = self.use.activation
+        kernel = self.kernel()
+        if kernel is not None:
+            return self.added(self.by_kernel(kernel, entry))
         self.values[self.block.input] = self.call(aten.unsqueeze.default, entry, 0) if self.unbatched else entry
         emit = {
             "matmul": self.matmul,
@@ -102,7 +110,30 @@ class _Line:
             result = self.biased(result)
         if self.unbatched:
             result = self.call(aten.squeeze.dim, result, 0)
+        return self.added(result)
+
+    def added(self, result: fx.Node) -> fx.Node:
         return result if self.use.rest is None else self.call(aten.add.Tensor, self.use.rest, result)
+
+    def kernel(self) -> Callable[..., Any] | None:
+        value, kernels = self.use.activation.meta.get("val"), self.emitter.kernels
+        if kernels is None or self.common or self.unbatched or not isinstance(value, Tensor):
+            return None
+        given = self.use.node.meta.get("val")
+        if self.use.dtype not in (None, value.dtype) or (isinstance(given, Tensor) and given.dtype != value.dtype):
+            return None
+        return kernels(self.block, self.factors, self.bias_of_block(), value)
+
+    def by_kernel(self, kernel: Callable[..., Any], entry: fx.Node) -> fx.Node:
+        """One operator of TDC's own."""
+        tracer = fx.proxy.GraphAppendingTracer(self.emitter.graph)
+        factors = {name: self.held(name, lambda name=name: self.factors[name]) for name, _ in self.block.factors}  # type: ignore[misc]
+        bias = self.own_bias()
+        proxies = {name: fx.Proxy(node, tracer) for name, node in factors.items()}
+        made = kernel(fx.Proxy(entry, tracer), proxies, None if bias is None else fx.Proxy(bias, tracer))
+        node: fx.Node = made.node
+        node.meta.update({key: self.use.node.meta[key] for key in _KEPT_META if key in self.use.node.meta})
+        return node
 
     def once(self, op: Op, emit: Callable[[Op], fx.Node]) -> fx.Node:
         """What an op gives; of one that other sites have too, what it gave there."""
@@ -212,6 +243,12 @@ class _Line:
         return self.call(aten.add.Tensor, *(self.values[name] for name in op.inputs))
 
     # ---- bias
+
+    def bias_of_block(self) -> Tensor | None:
+        """One like that which the block gets."""
+        if self.bias is not None or self.use.bias is None:
+            return self.bias
+        return torch.zeros(dict(self.block.sizes)["o"])
 
     def own_bias(self) -> fx.Node | None:
         """One number per output."""

@@ -12,7 +12,7 @@ from ...errors import VerificationError
 from ..graph import hidden_sources, pointwise_reader
 from ..program import Replacement
 from .captured import Captured
-from .emit import Emitter
+from .emit import Emitter, Kernels
 from .match import Form, Use, Weight
 
 __all__ = [
@@ -102,16 +102,18 @@ def takes_any_order(use: Use) -> bool:
     return use.rest is None and (use.bias is None or use.root_bias is not None)
 
 
-def rewrite(captured: Captured, weights: Sequence[Weight], cuts: Mapping[int, Cut]) -> Rewritten:
-    """A copy of a graph with the cuts at its weights. Raises VerificationError where the graph reads a weight in
-    another way than the cut was made for.
+def rewrite(
+    captured: Captured, weights: Sequence[Weight], cuts: Mapping[int, Cut], kernels: Kernels | None = None
+) -> Rewritten:
+    """A copy of a graph with the cuts at its weights, ``kernels`` where there are any in place of operators. Raises
+    VerificationError where the graph reads a weight in another way than the cut was made for.
     """
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(captured.module.graph, copies))
     constants: dict[str, Tensor] = {}
     paths: dict[str, str] = {}
     last = [copies[captured.placeholders[-1]]] if captured.placeholders else []
-    emitter = Emitter(graph, lambda name, tensor: _placeholder(graph, constants, paths, last, name, tensor))
+    emitter = Emitter(graph, lambda name, tensor: _placeholder(graph, constants, paths, last, name, tensor), kernels)
     baked: dict[fx.Node, None] = {}
     replaced = 0
     for weight in weights:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdc import kernels
 from tdc.ir import Block, Decline, Equation, Op, OpKind, Window
 from tdc.kernels.base import Windows
-from tdc.kernels.c import two_products
+from tdc.kernels.c import convolutions, two_products
 from tdc.kernels.c.convolutions import reference, run
 
 THREE, ONE = (Window("p", 3, 1, 1, 1, 1), Window("q", 3, 1, 1, 1, 1)), (Window("p"), Window("q"))
@@ -271,3 +271,50 @@ def test_groups_and_dilation_are_declined() -> None:
         found = kernels.match(block)
         assert isinstance(found, Decline)
         assert "takes float32, on the processor, contiguous, one group, no dilation" in found.reason
+
+
+OPERANDS = [("7 x 7", "order stacked place"), ("odd", "order"), ("two windows", "stacked"), ("bands", "")]
+
+
+def by_operator(name: str, form: str, bias: bool = True) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the operator; operands and keywords of the reference."""
+    given, named = pivoted(name, form, bias)
+    x, *weights, some_bias, windows = given
+    numbers = convolutions._encoded(windows)
+    return (x, weights, some_bias, numbers, named.get("order"), named.get("place"), named["stacked"]), given, named
+
+
+@pytest.mark.parametrize(("name", "form"), OPERANDS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_operator_obeys_the_rules_of_torch(name: str, form: str, grad: bool) -> None:
+    given, _, _ = by_operator(name, form)
+    for operand in (given[0], *given[1], given[2]):
+        operand.requires_grad_(grad)
+    result = torch.library.opcheck(convolutions.operator(), given)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(("name", "form"), OPERANDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_the_stock_operators(name: str, form: str, bias: bool) -> None:
+    given, plain, named = by_operator(name, form, bias)
+    floats = [t for t in (given[0], *given[1], given[2]) if t is not None]
+    for operand in floats:
+        operand.requires_grad_()
+    ours, theirs = convolutions.operator()(*given), reference(*plain, **named)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(theirs)
+    for one, other in zip(
+        torch.autograd.grad(ours, floats, direction), torch.autograd.grad(theirs, floats, direction), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_what_the_c_code_does_not_take_the_operator_runs_by_stock_operators() -> None:
+    given, plain, named = by_operator("7 x 7", "order stacked place")
+    doubled = [[t.double() for t in g] if isinstance(g, list) and isinstance(g[0], Tensor) else g for g in given]
+    doubled = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in doubled]
+    right = reference(*mapped(plain, lambda t: t.double() if t.is_floating_point() else t), **named)
+    assert torch.equal(convolutions.operator()(*doubled), right)
+    last = [given[0].contiguous(memory_format=torch.channels_last), *given[1:]]
+    torch.testing.assert_close(convolutions.operator()(*last), reference(*plain, **named), rtol=1e-4, atol=1e-4)
