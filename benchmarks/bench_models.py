@@ -56,6 +56,7 @@ def vgg11(budget: str = "macs=0.25,latency=0.34") -> dict[str, object]:
     statistics = tdc.calibrate(case.model, case.calibration, probe=case.probe)
     x = case.probe[0][:16]
     small = tdc.compress(case.model, (x,), budget=budget, statistics=statistics)
+    accelerate(small, example=x, dense=False)
     runs = {"dense": {"eager": case.model}, "small": {"eager": small}}
     for own in runs.values():
         own["Inductor"] = torch.compile(copy.deepcopy(own["eager"]))
