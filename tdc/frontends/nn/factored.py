@@ -26,6 +26,7 @@ Runner = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
 _HOOKS = [f"_{name}{kind}" for name in ("forward", "backward", "state_dict") for kind in ("_hooks", "_pre_hooks")]
 _HOOK_FLAGS = ["_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"]
 _HOOK_FLAGS += ["_is_full_backward_hook"]
+_RUNNERS = ("_runner", "_shared_runner")
 _SIZES = {"in_features": "i", "nx": "i", "out_features": "o", "nf": "o"}
 """What linear layers call the sizes of their axes."""
 
@@ -124,17 +125,16 @@ class Factored(nn.Module):
         """Ask ``run(input, factors, bias)`` for :attr:`own` first, and run the block where it gives None; the same for
         ``shared`` and :attr:`shared`.
         """
-        self.__dict__.pop("_runner", None)
-        self.__dict__.pop("_shared_runner", None)
-        if run is not None:
-            self.__dict__["_runner"] = (run, self.own.input)
-        if shared is not None:
-            self.__dict__["_shared_runner"] = (shared, self._alike()[-1].output)
+        asked = (run and (run, self.own.input), shared and (shared, self._alike()[-1].output))
+        for key, way in zip(_RUNNERS, asked, strict=True):
+            self.__dict__.pop(key, None)
+            if way is not None:
+                self.__dict__[key] = way
 
     @property
     def on_kernels(self) -> bool:
         """Whether another way to run is asked first."""
-        return "_runner" in self.__dict__ or "_shared_runner" in self.__dict__
+        return any(key in self.__dict__ for key in _RUNNERS)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._answer(input, self.block.ops, self._common(input, input, self.block.ops))
@@ -182,8 +182,8 @@ class Factored(nn.Module):
                 continue
             last = bias if op.output == self.block.output else None
             values[op.output] = _EMIT[op.kind](self, op, values, last)
-        result = values[self.block.output]
-        return result if bias is None or ops[-1].equation is not None else self._add_bias(result, bias)
+        y = values[self.block.output]
+        return y if bias is None or ops[-1].equation is not None else self._add_bias(y, bias)
 
     def operand(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         """A factor, or the weight that the block has built."""
@@ -202,7 +202,14 @@ class Factored(nn.Module):
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_runner", "_shared_runner")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", *_RUNNERS)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Factored:
+        """A copy runs on the same kernels; what comes from a file does not."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        made.__dict__.update({key: self.__dict__[key] for key in _RUNNERS if key in self.__dict__})
+        return made
 
     def _add_bias(self, result: Tensor, bias: Tensor) -> Tensor:
         return result + bias
@@ -292,15 +299,11 @@ class FactoredConv(Factored):
         return answer.flip(tuple(range(2, 2 + len(taps)))).movedim(1, 0)
 
     def extra_repr(self) -> str:
-        windows = map(str, _slides(self.block))
+        windows = [str(window) for op in self.block.ops for window in op.windows if not window.trivial]
         return (
             f"{self.in_channels}, {self.out_channels}, {self._format}, {', '.join(windows)}, "
             f"groups={self.groups}, bias={self.bias is not None}"
         )
-
-
-def _slides(block: Block) -> list[Window]:
-    return [window for op in block.ops for window in op.windows if not window.trivial]
 
 
 def factored(
