@@ -3,7 +3,8 @@
     python benchmarks/bench_models.py [vgg11] [minilm] [minilm-healed] [smollm2] [smollm2-dense] [detector]
         [--budget ...]
 
-VGG11 at macs=0.25 and latency=0.34, 16 images, dense and compressed each eager or by Inductor, whichever is faster;
+VGG11 at macs=0.25 and latency=0.34, 16 images, dense and compressed each eager or by Inductor, or
+compressed by the backend, whichever is faster;
 MiniLM at latency=0.6, 8 x 64 tokens, eager, and the same healed; SmolLM2 at params=0.7, one token after another with a
 cache, eager, with TDC's kernels where they are faster, and the same with the layers that stay dense on kernels, too;
 the text detector of PP-OCR at macs=0.5 in onnxruntime. Dense and compressed in turn, 25 repeats, ratios of dense over
@@ -54,12 +55,15 @@ def bytes_of(report: tdc.Report) -> dict[str, str]:
 def vgg11(budget: str = "macs=0.25,latency=0.34") -> dict[str, object]:
     case = Vgg11()
     statistics = tdc.calibrate(case.model, case.calibration, probe=case.probe)
-    x = case.probe[0][:16]
-    small = tdc.compress(case.model, (x,), budget=budget, statistics=statistics)
+    x = case.probe[0][:16]  # channels last, as images are stored
+    plan = tdc.plan(case.model, (x,), budget=budget, statistics=statistics)
+    small = tdc.compress(case.model, (x,), plan=plan, statistics=statistics)
     accelerate(small, example=x, dense=False)
-    runs = {"dense": {"eager": case.model}, "small": {"eager": small}}
+    runs: dict[str, dict[str, Any]] = {"dense": {"eager": case.model}, "small": {"eager": small}}
     for own in runs.values():
         own["Inductor"] = torch.compile(copy.deepcopy(own["eager"]))
+    options = {"plan": plan, "statistics": statistics}
+    runs["small"]["backend tdc"] = torch.compile(copy.deepcopy(case.model), backend="tdc", options=options)
     with torch.no_grad():
         every = {f"{k} {how}": lambda m=m: m(x) for k, own in runs.items() for how, m in own.items()}
         times = interleaved(every, repeats=10)

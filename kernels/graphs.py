@@ -13,11 +13,13 @@ from torch import Tensor
 from tdc.ir import Block
 
 from .base import Match
-from .measure import GAIN, memory_format, timed
+from .measure import memory_format, timed
 from .registry import match
 
 __all__ = ["GraphKernels"]
 
+_GAIN = 1.2
+"""An operator must be that much faster by itself: compilers may make stock operators faster than they are alone."""
 _STEP = 32
 """Sizes that round up to the same multiple are taken to be alike."""
 
@@ -25,9 +27,11 @@ _STEP = 32
 @dataclass(frozen=True, eq=False)
 class GraphKernels:
     """Gives the operator that runs a block faster than the stock operators do, called through torch, on the processor;
-    what is alike is measured once.
+    what is alike is measured once. ``convolutions``: those too. Inductor lays out images and packs weights for its own,
+    which are faster than they are alone.
     """
 
+    convolutions: bool = True
     _known: dict[Any, float] = field(default_factory=dict)
 
     def __call__(self, block: Block, factors: Mapping[str, Tensor], bias: Tensor | None, value: Tensor) -> Match | None:
@@ -36,6 +40,8 @@ class GraphKernels:
         """
         found = match(block)
         if not isinstance(found, Match) or not found.kernel.registered:
+            return None
+        if block.kind.is_conv and not self.convolutions:
             return None
         own = [factors[name] for name in found.factors]
         floats = {t.dtype for t in (value, *own) if t.is_floating_point()}
@@ -52,7 +58,7 @@ class GraphKernels:
         key = (found.kernel.name, sizes, found.windows, bias is None, given, torch.get_num_threads())
         if key not in self._known:
             self._known[key] = timed(found, factors, bias, given, run=found).gain
-        return found if self._known[key] > GAIN else None
+        return found if self._known[key] > _GAIN else None
 
 
 def _lengths(value: Tensor) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class Graph:
         self.roots = [places[node] for w in self.weights for node in w.roots if node in places]
         self.watched = sorted({places[node] for w in self.weights for node in sources(w) if node in places})
         self._pick = picker(self.watched)
-        self._kernels = GraphKernels()
+        self._kernels = GraphKernels(convolutions=settings.inner != "inductor")
         self._lowered: dict[Any, tuple[Call, bool]] = {}
         self._instances: dict[tuple[int, ...], Instance] = {}
         self._current = self.instance(args)
