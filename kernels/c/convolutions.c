@@ -13,9 +13,9 @@
    two_products.c, with channels for entries. Neither moves anything: the columns are read, and the outputs are written,
    where they lie.
 
-   Several images, or some rows of one, go through all stages at a time, so that
-   what lies between stages stays in the second-level cache.
-   This file includes itself once for each instruction set, as two_products.c does, whose names it uses.
+   Several images, or some rows of one, go through all stages at a time, so that what lies between stages stays in the
+   second-level cache. This file includes itself once for each instruction set, as two_products.c does, whose
+   names it uses.
 */
 #ifndef LANES
 

@@ -271,7 +271,6 @@ def _kernel(name: str, lines: str, factors: str) -> Kernel:
 
 
 KERNELS = (
-    _kernel("one convolution", "t0 = conv(x, weight)  # b g i p q, (g o) i p q -> b g o", "weight"),
     _kernel(
         "convolutions: channels, window, channels",
         """
@@ -372,4 +371,5 @@ KERNELS = (
         """,
         "order first core last place",
     ),
+    _kernel("one convolution", "t0 = conv(x, weight)  # b g i p q, (g o) i p q -> b g o", "weight"),
 )

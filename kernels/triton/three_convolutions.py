@@ -181,9 +181,10 @@ def _slid(function: Any, x: Tensor, first: Tensor, core: Tensor, last: Tensor, *
     return found
 
 
+_PLAIN = next(kernel for kernel in chain.KERNELS if kernel.factors == ("first", "core", "last"))
 KERNEL = replace(
-    chain.KERNELS[0],
-    name=f"{chain.KERNELS[0].name}, on the GPU",
+    _PLAIN,
+    name=f"{_PLAIN.name}, on the GPU",
     limits=LIMITS,
     operator=lambda *operands: _slid(operator(), *operands),
     run=lambda *operands: _slid(run, *operands),
