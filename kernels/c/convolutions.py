@@ -258,7 +258,7 @@ def _kernel(name: str, lines: str, factors: str) -> Kernel:
 
     return Kernel(
         name,
-        tuple(Line.parse(line) for line in lines.strip().splitlines()),
+        tuple(Line.parse(line) for line in lines.splitlines() if line.strip()),
         tuple(names),
         LIMITS,
         called(_by_operator),
@@ -269,6 +269,23 @@ def _kernel(name: str, lines: str, factors: str) -> Kernel:
         _limits,
     )
 
+
+_BEHIND_A_GATHER = """
+t0 = take(x, order[0:r])
+t1 = take(x, order[r:i])
+t2 = conv(t1, first)  # b g i p q, (g r) i -> b g p q r
+t3 = add(t0, t2)
+"""
+_STACKED = """
+t0 = conv(x, first)  # b g i p q, (g r) i p q -> b g r
+t1 = conv(t0, last)  # b g r, (g o) r -> b g o
+t2 = concat(t0, t1)
+"""
+_BOTH = f"""{_BEHIND_A_GATHER}
+t4 = conv(t3, core)  # b g p q r, (g s) r p q -> b g s
+t5 = conv(t4, last)  # b g s, (g o) s -> b g o
+t6 = concat(t4, t5)
+"""
 
 KERNELS = (
     _kernel(
@@ -316,59 +333,19 @@ KERNELS = (
     ),
     _kernel(
         "convolutions: channels behind a gather, window",
-        """
-        t0 = take(x, order[0:r])
-        t1 = take(x, order[r:i])
-        t2 = conv(t1, first)  # b g i p q, (g r) i -> b g p q r
-        t3 = add(t0, t2)
-        t4 = conv(t3, last)  # b g p q r, (g o) r p q -> b g o
-        """,
+        f"{_BEHIND_A_GATHER}t4 = conv(t3, last)  # b g p q r, (g o) r p q -> b g o",
         "order first last",
     ),
-    _kernel(
-        "convolutions: window, channels, stacked",
-        """
-        t0 = conv(x, first)  # b g i p q, (g r) i p q -> b g r
-        t1 = conv(t0, last)  # b g r, (g o) r -> b g o
-        t2 = concat(t0, t1)
-        """,
-        "first last",
-    ),
+    _kernel("convolutions: window, channels, stacked", _STACKED, "first last"),
     _kernel(
         "convolutions: window, channels, stacked, before a gather",
-        """
-        t0 = conv(x, first)  # b g i p q, (g r) i p q -> b g r
-        t1 = conv(t0, last)  # b g r, (g o) r -> b g o
-        t2 = concat(t0, t1)
-        t3 = take(t2, place[0:o])
-        """,
+        f"{_STACKED}t3 = take(t2, place[0:o])",
         "first last place",
     ),
-    _kernel(
-        "convolutions: channels behind a gather, window, channels, stacked",
-        """
-        t0 = take(x, order[0:r])
-        t1 = take(x, order[r:i])
-        t2 = conv(t1, first)  # b g i p q, (g r) i -> b g p q r
-        t3 = add(t0, t2)
-        t4 = conv(t3, core)  # b g p q r, (g s) r p q -> b g s
-        t5 = conv(t4, last)  # b g s, (g o) s -> b g o
-        t6 = concat(t4, t5)
-        """,
-        "order first core last",
-    ),
+    _kernel("convolutions: channels behind a gather, window, channels, stacked", _BOTH, "order first core last"),
     _kernel(
         "convolutions: channels behind a gather, window, channels, stacked, before a gather",
-        """
-        t0 = take(x, order[0:r])
-        t1 = take(x, order[r:i])
-        t2 = conv(t1, first)  # b g i p q, (g r) i -> b g p q r
-        t3 = add(t0, t2)
-        t4 = conv(t3, core)  # b g p q r, (g s) r p q -> b g s
-        t5 = conv(t4, last)  # b g s, (g o) s -> b g o
-        t6 = concat(t4, t5)
-        t7 = take(t6, place[0:o])
-        """,
+        f"{_BOTH}t7 = take(t6, place[0:o])",
         "order first core last place",
     ),
     _kernel("one convolution", "t0 = conv(x, weight)  # b g i p q, (g o) i p q -> b g o", "weight"),

@@ -131,9 +131,7 @@ class _Line:
         bias = self.own_bias()
         proxies = {name: fx.Proxy(node, tracer) for name, node in factors.items()}
         made = kernel(fx.Proxy(entry, tracer), proxies, None if bias is None else fx.Proxy(bias, tracer))
-        node: fx.Node = made.node
-        node.meta.update({key: self.use.node.meta[key] for key in _KEPT_META if key in self.use.node.meta})
-        return node
+        return self.told(made.node)
 
     def once(self, op: Op, emit: Callable[[Op], fx.Node]) -> fx.Node:
         """What an op gives; of one that other sites have too, what it gave there."""
@@ -145,7 +143,10 @@ class _Line:
         return self.emitter.values[key]
 
     def call(self, target: Any, *args: Any) -> fx.Node:
-        node = self.emitter.graph.call_function(target, args)
+        return self.told(self.emitter.graph.call_function(target, args))
+
+    def told(self, node: fx.Node) -> fx.Node:
+        """With what is known of where the use came from."""
         node.meta.update({key: self.use.node.meta[key] for key in _KEPT_META if key in self.use.node.meta})
         return node
 
