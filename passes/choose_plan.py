@@ -115,7 +115,7 @@ def _in_seconds(unit: Unit, budget: Budget, rows: Sequence[Sequence[Candidate]])
     seconds, part = unit.timing
     dense = sum(row[-1].cost.seconds for row in rows)
     least = sum(min(c.cost.seconds for c in row) for row in rows) / dense if dense else 1.0
-    share = (budget.time(seconds) - (1 - part)) / part if part else 1.0
+    share = 1 - (1 - budget.time(seconds)) / part if part else 1.0
     if share < least:
         near = 1 - part + part * least
         raise BudgetError(

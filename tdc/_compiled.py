@@ -17,6 +17,7 @@ from ._parts import Part, part_of
 from ._settings import Settings
 from .errors import ModelError
 from .frontends.fx.captured import Bound, Captured, undisturbed
+from .frontends.fx.emit import Kernels
 from .frontends.fx.match import match
 from .frontends.fx.rewrite import Rewritten, rewrite, sources
 from .kernels import Match
@@ -65,12 +66,12 @@ class Graph:
         self.watched = sorted({places[node] for w in self.weights for node in sources(w) if node in places})
         self._pick = picker(self.watched)
         self._kernels = GraphKernels(convolutions=settings.inner != "inductor")
+        self.kernels: Kernels | None = self._kernel if settings.kernels == "auto" else None
         self._lowered: dict[Any, tuple[Call, bool]] = {}
         self._instances: dict[tuple[int, ...], Instance] = {}
         self._current = self.instance(args)
 
-    def kernel(self, *what: Any) -> Match | None:
-        """See :class:`tdc.kernels.graphs.GraphKernels`."""
+    def _kernel(self, *what: Any) -> Match | None:
         with undisturbed():
             return self._kernels(*what)
 
@@ -201,7 +202,7 @@ class Instance:
             return self.run_dense()
         bound = self.bound()
         weights = [replace(w, tensor=bound.tensors[w.roots[0]]) for w in graph.weights]
-        new = rewrite(graph.captured, weights, outcome.cuts, graph.kernel if graph.settings.kernels == "auto" else None)
+        new = rewrite(graph.captured, weights, outcome.cuts, graph.kernels)
         if not new.replaced:
             return self.run_dense()
         nodes = graph.captured.placeholders

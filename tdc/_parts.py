@@ -61,7 +61,9 @@ class Part:
 
     def decide_for(self, instance: Instance, values: tuple[Any, ...]) -> None:
         stamps = _stamps(instance)
-        outcome = decide([instance.bound()], self.settings, self.settings.calibration, (0, values))
+        outcome = decide(
+            [instance.bound()], self.settings, self.settings.calibration, (0, values), instance.graph.kernels
+        )
         self._take(outcome, stamps)
 
     def record(self, instance: Instance, values: tuple[Any, ...]) -> None:
@@ -84,11 +86,12 @@ class Part:
             bounds, stamps = [instance.bound() for instance in order], _stamps(main)
             batches = [(order.index(instance), values) for instance, values in records]
             with alongside():
-                outcome = decide(bounds, self.settings, batches, (0, records[-1][1]), _background.breathe)
+                example = (0, records[-1][1])
+                outcome = decide(bounds, self.settings, batches, example, main.graph.kernels, _background.breathe)
             self._take(outcome, stamps)
-            example = dict(records)
+            given = dict(records)
             for instance in list(self.instances):
-                instance.install(late=True, args=instance.arguments(example.get(instance)))
+                instance.install(late=True, args=instance.arguments(given.get(instance)))
         except BaseException as error:
             self.give_up(error, "planning", strict=False)
             for instance in list(self.instances):

@@ -14,6 +14,7 @@ from ._fits import CachedFit, forget_fits
 from ._settings import Settings
 from .errors import PlanError
 from .frontends.fx.captured import Bound, undisturbed
+from .frontends.fx.emit import Kernels
 from .frontends.fx.program import Batch, FxProgram
 from .frontends.fx.rewrite import Cut
 from .ir import Cost, Plan, Site, assign
@@ -43,10 +44,13 @@ def decide(
     settings: Settings,
     calibration: Any,
     example: Batch | None,
+    kernels: Kernels | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Plan and fit for the first graph; batches may run through the others. Raises what the passes raise."""
-    program = FxProgram(bounds, example, pause=pause)
+    """Plan and fit for the first graph; batches may run through the others. ``kernels``: what the graphs get, and
+    what budgets of time count. Raises what the passes raise.
+    """
+    program = FxProgram(bounds, example, kernels=kernels, pause=pause)
     with undisturbed():
         sites = program.sites()[0]
         plan = None if settings.plan is None else _part_of(settings.plan, sites)

@@ -122,6 +122,16 @@ def test_a_layer_that_nothing_makes_faster_stays_dense_and_the_remark_has_the_nu
     assert "of the dense time" in remark.reason
 
 
+@pytest.mark.parametrize("inside", [0.9, 0.372788916, 0.0279043491, 0.0123456])
+def test_a_limit_above_the_dense_time_is_kept_by_the_dense_model(
+    monkeypatch: pytest.MonkeyPatch, inside: float
+) -> None:
+    on(monkeypatch)
+    monkeypatch.setattr(Fake, "model", lambda fake: (1e-3, inside))
+    monkeypatch.setattr(Fake, "site", lambda fake, site, blocks, kernels=(): [1.0] * (1 + len(blocks)))
+    assert all(choice.is_dense for choice in planned("latency_ms=2").choices)
+
+
 def test_what_cannot_be_reached_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch)
     with pytest.raises(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import tdc
+from tdc.frontends.fx import timing
+from tdc.frontends.fx.timing import Stopwatch
 from tdc.kernels import Match, graphs
 from tdc.kernels.c.two_products import available
 from tdc.kernels.measure import Timed
@@ -117,6 +119,26 @@ def test_inductor_takes_those_for_linear_layers(
         plain = compiled(model, x, inner="eager", kernels="off")(x)
         torch.testing.assert_close(compiled(model, x, freezing=freezing)(x), plain, rtol=1e-4, atol=1e-4)
     assert bool(written) == (case is mlp), "its own convolutions are faster in a graph than alone"
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_budgets_of_time_count_what_the_graph_gets(kernels: str, gain: dict[str, Any], monkeypatch: Any) -> None:
+    ran: list[int] = []
+    plain = Stopwatch.site
+
+    def site(watch: Stopwatch, *what: Any) -> list[float]:
+        met = watch.met[what[0].order][0]
+        graphs = [timing._replaced(met, block, watch.kernels)[0] for block in what[1]]
+        ran.extend("tdc" in str(node.target) for run in graphs for node in run.func.__self__.graph.nodes)  # type: ignore[attr-defined]
+        return plain(watch, *what)
+
+    monkeypatch.setattr(Stopwatch, "site", site)
+    model, x = mlp()
+    with torch.no_grad():
+        fast = compiled(model, x, budget="latency_ms=1000", inner="eager", kernels=kernels)
+        torch.testing.assert_close(fast(x), model(x))
+    assert ran
+    assert any(ran) == (kernels == "auto")
 
 
 def test_other_dtypes_and_autocast_run_on_stock_operators(gain: dict[str, Any], written: list[str]) -> None:

@@ -18,6 +18,7 @@ from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Loss, Replacement, Tap, sketch, unpadded_of
 from .captured import Bound, Override, Values, alongside, passes_on, undisturbed
 from .cost import graph_cost
+from .emit import Kernels
 from .match import Use, Weight, canonical, match, plain, storage_key
 from .override import marked, with_weight
 from .rewrite import (
@@ -42,15 +43,21 @@ class FxProgram:
     """Implements :class:`tdc.frontends.program.Program` for one graph, or for several that hold the same weights (a
     graph and what became of it for other shapes): the first one has the sites, each batch runs through its own.
 
-    ``pause`` is called between steps of long work.
+    ``kernels``: what blocks are timed with, as the graph is to have them. ``pause`` is called between steps of long
+    work.
     """
 
     door = "fx"
 
     def __init__(
-        self, bounds: Sequence[Bound], example: Batch | None = None, *, pause: Callable[[], None] = lambda: None
+        self,
+        bounds: Sequence[Bound],
+        example: Batch | None = None,
+        *,
+        kernels: Kernels | None = None,
+        pause: Callable[[], None] = lambda: None,
     ) -> None:
-        self.bounds, self.example, self.pause = tuple(bounds), example, pause
+        self.bounds, self.example, self.kernels, self.pause = tuple(bounds), example, kernels, pause
         self._matched = [match(bound) for bound in self.bounds]
         self._by_order = dict(enumerate(self._matched[0][0]))
         self._elsewhere = [{storage_key(w.tensor): w for w in found} for found, _ in self._matched]
@@ -300,7 +307,7 @@ class FxProgram:
         bound, sites = self.bounds[place], tuple(sites)
         uses = {site.order: weight.uses for site in sites if (weight := self._in(place, site.order)) is not None}
         self.pause()
-        return Stopwatch(bound.repeated(values), sites, met_in(bound, values, uses))
+        return Stopwatch(bound.repeated(values), sites, met_in(bound, values, uses), self.kernels)
 
     def times(self, new: Rewritten, batch: Batch | None = None) -> tuple[float, float]:
         """Seconds of a run of the program's first graph and of what came of it, called in turn."""

@@ -1,5 +1,5 @@
 """How long the operators of a graph take on this machine, as they are and as blocks: each by itself, operator by
-operator, without what a compiler fuses.
+operator, without what a compiler fuses, or by kernels that the graph would have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...ir import Block, Site
 from ..clock import Run, alike, copies_of, in_turn, part_of_run, seconds_of, stand_ins, stored_numbers
 from ..program import Kernel, Replacement
 from .captured import Bound, Values
-from .emit import Emitter
+from .emit import Emitter, Kernels
 from .match import Use
 
 __all__ = ["Met", "Stopwatch", "met_in"]
@@ -58,11 +58,14 @@ def met_in(bound: Bound, values: Values, uses: Mapping[int, Sequence[Use]]) -> d
 
 @dataclass(frozen=True, eq=False)
 class Stopwatch:
-    """Times a graph, and single operators on arguments that they met in it. ``met``: by ``site.order``."""
+    """Times a graph, and single operators on arguments that they met in it. ``met``: by ``site.order``; ``kernels``:
+    what blocks get where it is faster.
+    """
 
     whole: Run
     sites: Sequence[Site]
     met: Mapping[int, Sequence[Met]]
+    kernels: Kernels | None = None
 
     def model(self) -> tuple[float, float]:
         """Seconds of a run of the whole graph, the fastest, and what part of a run its sites take."""
@@ -78,9 +81,12 @@ class Stopwatch:
         return (site.kind, site.sizes, site.attributes, site.dtype, site.layout, shapes)
 
     def site(self, site: Site, blocks: Sequence[Block], kernels: Sequence[Kernel | None] = ()) -> list[float]:
-        """Seconds that a site takes in a run, as it is and in place of it with each block, by stock operators."""
+        """Seconds that a site takes in a run, as it is and in place of it with each block, as the graph would have
+        it.
+        """
         met = self.met[site.order]
-        contestants = [[_dense(one) for one in met], *([_replaced(one, block) for one in met] for block in blocks)]
+        replaced = [[_replaced(one, block, self.kernels) for one in met] for block in blocks]
+        contestants = [[_dense(one) for one in met], *replaced]
         return seconds_of([[in_turn(runs) for runs in zip(*own, strict=True)] for own in contestants])
 
 
@@ -100,7 +106,7 @@ def _dense(met: Met) -> list[Run]:
     return [partial(target, *own, **kwargs) for own in args]
 
 
-def _replaced(met: Met, block: Block) -> list[Run]:
+def _replaced(met: Met, block: Block, kernels: Kernels | None) -> list[Run]:
     """A graph of the block alone, with its constants as arguments."""
     like, dtype = met.args[met.weight], met.use.dtype or met.args[met.weight].dtype
     met = _fitting(met, block)
@@ -109,7 +115,7 @@ def _replaced(met: Met, block: Block) -> list[Run]:
         for seed in range(copies_of(stored_numbers(block) * like.element_size()))
     ]
     given = [a for a in met.args if isinstance(a, Tensor)]
-    graphs = [_graph(met, Replacement(block, factors, "")) for factors in made]
+    graphs = [_graph(met, Replacement(block, factors, ""), kernels) for factors in made]
     return [partial(module.forward, *given, *constants) for module, constants in graphs]
 
 
@@ -124,7 +130,7 @@ def _fitting(met: Met, block: Block) -> Met:
     return replace(met, args=tuple(args))
 
 
-def _graph(met: Met, new: Replacement) -> tuple[fx.GraphModule, list[Tensor]]:
+def _graph(met: Met, new: Replacement, kernels: Kernels | None) -> tuple[fx.GraphModule, list[Tensor]]:
     graph, constants, last = fx.Graph(), list[Tensor](), list[fx.Node]()
     moved: dict[fx.Node, fx.Node] = {}
     args: list[Any] = []
@@ -152,5 +158,5 @@ def _graph(met: Met, new: Replacement) -> tuple[fx.GraphModule, list[Tensor]]:
         bias=moved.get(use.bias) if use.bias is not None else None,
         rest=moved.get(use.rest) if use.rest is not None else None,
     )
-    Emitter(graph, constant).replace(there, None, new, "timed", "", None)
+    Emitter(graph, constant, kernels).replace(there, None, new, "timed", "", None)
     return fx.GraphModule(torch.nn.Module(), graph), constants
