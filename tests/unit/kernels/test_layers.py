@@ -85,6 +85,19 @@ def test_kernels_run_where_they_were_faster_and_nowhere_else(
     assert calls == [1] * len(remarks)
 
 
+@pytest.mark.parametrize(("last", "gain", "above"), [(256, 1.5, True), (256, 1.15, False), (128, 3.0, False)])
+def test_many_rows_stand_for_more_where_the_gain_is_large(
+    small: nn.Module, gains: dict[int, float], calls: list[int], last: int, gain: float, above: bool
+) -> None:
+    gains[last] = gain
+    kernels.accelerate(small, rows=(1, last), dense=False)
+    for rows, used in ((last, True), (last + 1, above), (1000, above)):
+        calls.clear()
+        with torch.no_grad():
+            small(torch.randn(rows, 24))
+        assert calls == ([rows] * len(factored(small)) if used else []), rows
+
+
 def test_what_a_kernel_does_not_take_runs_as_before(
     small: nn.Module, gains: dict[int, float], calls: list[int]
 ) -> None:
