@@ -27,6 +27,7 @@ from .archive import RECORD, load, note_in_config, noted, save, stored_report
 from .errors import BudgetError, ModelError, OptionError
 from .front import Front, front_of
 from .frontends.nn import Factored, NnProgram, as_call, times
+from .frontends.nn.attention import close_attention
 from .frontends.nn.running import copy_without
 from .heal import Heal, heal, healed
 from .ir import Cost, Plan
@@ -321,6 +322,8 @@ def densify(small: M) -> M:
             tied = tuple(id(factor) for factor in module.factors.values())
             plain._parameters["weight"] = weights.setdefault(tied, plain._parameters["weight"])
             setattr(dense.get_submodule(parent), child, plain)
+    for module in dense.modules():
+        close_attention(module)
     dense.__dict__.pop(RECORD, None)
     note_in_config(dense, None)
     return dense

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .frontends.nn import Factored
+from .frontends.nn.attention import opened
 from .frontends.nn.running import pre_hooks
 
 __all__ = ["Inside"]
@@ -31,7 +32,8 @@ class Inside:
     """
 
     def __init__(self, small: nn.Module, model: nn.Module) -> None:
-        dense = dict(model.named_modules())
+        with opened(model):
+            dense = dict(model.named_modules())
         layers = {path: layer for path, layer in small.named_modules() if isinstance(layer, Factored) and path in dense}
         self._layers = {id(small): layers, id(model): {path: dense[path] for path in layers}}
         self._axes = {path: -1 - len(layer.block.kind.windows) for path, layer in layers.items()}

@@ -15,7 +15,8 @@ _OWN = frozenset(nn.Module().__dict__)
 def place(model: nn.Module, swaps: Iterable[tuple[str, nn.Module]]) -> None:
     """Put modules at their paths, and in the lists, tuples and dicts of attributes that hold the ones they replace. The
     fused evaluation path of torch's own encoder layers is switched off where a part of them is replaced: it reads the
-    dense weights, which would be formed at every call.
+    dense weights, which would be formed at every call. Their encoders make no nested tensors then, which serve that
+    path.
     """
     new: dict[int, nn.Module] = {}
     old: list[nn.Module] = []
@@ -27,7 +28,10 @@ def place(model: nn.Module, swaps: Iterable[tuple[str, nn.Module]]) -> None:
         setattr(parent, child, module)
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0
+    new_modules = set(new.values())
     for holder in list(model.modules()):
+        if isinstance(holder, nn.TransformerEncoder) and not new_modules.isdisjoint(holder.modules()):
+            holder.use_nested_tensor = False
         for name, value in list(vars(holder).items()):
             if name not in _OWN and (changed := _exchanged(value, new)) is not value:
                 vars(holder)[name] = changed

@@ -18,6 +18,7 @@ from ..count import Counter
 from ..graph import floating_outputs, memory_format, run_backward
 from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Loss, Replacement, Tap, passed_over_weight, sketch
+from .attention import open_above, opened
 from .batches import Call, answer, as_call, as_calls, copied, unpadded_in
 from .capture import Capture, Use, capture
 from .factored import Factored, factored
@@ -62,7 +63,8 @@ class NnProgram:
         self.inplace = inplace
         self._example = as_call(model, example)
         self._positional = len(self._example[0]) or None
-        self._weights = stored_weights(model)
+        with opened(model):
+            self._weights = stored_weights(model)
         self._by_order: dict[int, Weight] = {}
         self._norms: dict[int, Norm] = {}
         self._gains: dict[int, Tensor] = {}
@@ -352,6 +354,7 @@ class NnProgram:
     def finish(self) -> nn.Module:
         replaced = [self._by_order[order] for order in self._replacements]
         model = self.model if self.inplace else copy_without(self.model, [w.tensor for w in replaced])
+        open_above(model, (path for weight in replaced for path in weight.modules))
         swaps: list[tuple[str, nn.Module]] = []
         groups: dict[int, Sharing] = {}
         for order, new in sorted(self._replacements.items()):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...errors import PlanError
 from ...ir import Block, Site
 from ..graph import memory_format
+from .attention import open_above
 from .factored import Factored, factored
 from .layers import kind_of
 from .placing import place
@@ -48,6 +49,7 @@ def restore(
     ``sites`` are found by name. Raises PlanError, with nothing changed, if a named
     module is missing or of another size, or the tensors do not fit; or if something of the model stays on ``meta``.
     """
+    open_above(model, (name.removesuffix(".weight") for saved in sites for name in saved.site.names))
     groups, formats = _shared(model, aliases), _formats(model)
     swaps: list[tuple[str, nn.Module]] = []
     groups_of: dict[int, Sharing] = {}

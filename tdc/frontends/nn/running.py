@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
+from .attention import opened
 from .products import fast_products
 
 __all__ = ["copy_without", "evaluation", "holding", "hooks", "pre_hooks", "standing_in", "untrained"]
@@ -23,9 +24,15 @@ M = TypeVar("M", bound=nn.Module)
 def evaluation(model: nn.Module, *, timed: bool = False) -> Iterator[None]:
     """Evaluation mode inside, with fixed random numbers; modes, buffers and random state are as before after it.
 
-    The fused kernels of ``nn.TransformerEncoder`` are off: they pass hooks by, and make nested tensors. Products of
+    The fused kernels of ``nn.TransformerEncoder`` are off: they pass hooks by, and make nested tensors; the projections
+    of ``nn.MultiheadAttention`` are layers. Products of
     matrices are by the faster library, unless the time is what matters (``timed``).
     """
+    with opened(model):
+        yield from _evaluation(model, timed)
+
+
+def _evaluation(model: nn.Module, timed: bool) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     held = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
