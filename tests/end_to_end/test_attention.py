@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tdc
 from tdc.frontends.nn.attention import OpenAttention, close_attention, open_attention, opened
 from tdc.frontends.nn.running import evaluation
+from tdc.frontends.nn.timing import times
 
 WIDTH, HEADS = 32, 4
 
@@ -249,3 +250,29 @@ def test_dense_layers_inside_close_again() -> None:
     assert type(module) is nn.MultiheadAttention
     assert module.in_proj_weight is weight
     assert module._qkv_same_embed_dim
+
+
+def test_the_report_times_the_dense_model_on_its_fused_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    plain = nn.MultiheadAttention.forward
+
+    def watched(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+        seen.append("slow")
+        return plain(module, *args, **kwargs)
+
+    def forward(layer: nn.TransformerEncoderLayer, *args: Any, **kwargs: Any) -> Any:
+        before = len(seen)
+        result = whole(layer, *args, **kwargs)
+        if len(seen) == before and type(layer.self_attn) is nn.MultiheadAttention:
+            seen.append("fused")
+        return result
+
+    whole = nn.TransformerEncoderLayer.forward
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", watched)
+    monkeypatch.setattr(nn.TransformerEncoderLayer, "forward", forward)
+    model, data = encoder(), batches()
+    small = compressed(model, data)
+    seen.clear()
+    times(model, small, ((data[0],), {}))
+    assert seen
+    assert set(seen) == {"fused"}

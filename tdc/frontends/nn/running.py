@@ -21,31 +21,31 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
-def evaluation(model: nn.Module, *, timed: bool = False) -> Iterator[None]:
+def evaluation(model: nn.Module, *, timed: bool = False, fused: bool = False) -> Iterator[None]:
     """Evaluation mode inside, with fixed random numbers; modes, buffers and random state are as before after it.
 
-    The fused kernels of ``nn.TransformerEncoder`` are off: they pass hooks by, and make nested tensors; the projections
-    of ``nn.MultiheadAttention`` are layers. Products of
-    matrices are by the faster library, unless the time is what matters (``timed``).
+    Unless ``fused``, the fused kernels of ``nn.TransformerEncoder`` are off, which pass hooks by and make nested
+    tensors, and the projections of ``nn.MultiheadAttention`` are layers. Products of matrices are by the faster
+    library, unless the time is what matters (``timed``).
     """
-    with opened(model):
-        yield from _evaluation(model, timed)
+    with nullcontext() if fused else opened(model):
+        yield from _evaluation(model, timed, fused)
 
 
-def _evaluation(model: nn.Module, timed: bool) -> Iterator[None]:
+def _evaluation(model: nn.Module, timed: bool, fused: bool) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     held = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    fused = torch.backends.mha.get_fastpath_enabled()
+    enabled = torch.backends.mha.get_fastpath_enabled()
     model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(enabled and fused)
     try:
         with torch.random.fork_rng(devices), nullcontext() if timed else fast_products():
             torch.manual_seed(0)
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(enabled)
         for module in training:
             module.training = True
         for own, were in held:

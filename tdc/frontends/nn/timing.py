@@ -152,6 +152,6 @@ def _with_block(bare: nn.Module, block: Block, like: Tensor, seed: int, kernel: 
 def times(model: nn.Module, small: nn.Module, call: Call) -> tuple[float, float]:
     """Seconds of a call of two models of one class, measured in turn."""
     args, kwargs = call
-    with evaluation(model, timed=True), evaluation(small, timed=True):
+    with evaluation(model, timed=True, fused=True), evaluation(small, timed=True, fused=True):
         old, new = seconds_of([[lambda: model(*args, **kwargs)], [lambda: small(*args, **kwargs)]])
     return old, new
