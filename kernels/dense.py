@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tdc.ir import Block, Equation, Op
 
@@ -21,8 +22,10 @@ def can_use_kernels(layer: nn.Module) -> bool:
 
 class KernelLinear(nn.Linear):
     """``y = x W' + b``, by another way to run where one is to be asked first. A linear layer becomes one by its class
-    alone, and so does it go back; copies and files have a linear layer of torch.
+    alone, and so does it go back; copies and files have a linear layer of torch. With a parametrization it runs as one.
     """
+
+    stands_for = nn.Linear
 
     @property
     def own(self) -> Block:
@@ -44,18 +47,23 @@ class KernelLinear(nn.Linear):
         """Ask ``run(input, factors, bias)`` first; with None the layer is one of torch again."""
         self.__dict__.pop("_runner", None)
         if run is None:
-            self.__class__ = nn.Linear  # type: ignore[assignment]
+            if type(self) is KernelLinear:
+                self.__class__ = nn.Linear  # type: ignore[assignment]
         else:
             self.__dict__["_runner"] = run
 
     def forward(self, input: Tensor) -> Tensor:
-        run: Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None] = self.__dict__["_runner"]
-        result = run(input, self.factors, self.bias)
-        return super().forward(input) if result is None else result
+        run: Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None] | None
+        run, weight = self.__dict__.get("_runner"), self._parameters.get("weight")  # the quickest way to them
+        if run is None or weight is None or type(self) is not KernelLinear:
+            return super().forward(input)
+        bias = self._parameters["bias"]
+        result = run(input, {"weight": weight}, bias)
+        return functional.linear(input, weight, bias) if result is None else result
 
     def _get_name(self) -> str:
         return "Linear"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = {key: value for key, value in self.__dict__.items() if key != "_runner"}
-        return nn.Linear.__new__, (nn.Linear,), state
+        return nn.Linear, (self.in_features, self.out_features, False, "meta"), state

@@ -13,7 +13,7 @@ from torch import Tensor
 from tdc.ir import Block
 
 from .base import Match
-from .measure import memory_format, timed
+from .measure import COLD, memory_format, timed
 from .registry import match
 
 __all__ = ["GraphKernels"]
@@ -28,10 +28,11 @@ _STEP = 32
 class GraphKernels:
     """Gives the operator that runs a block faster than the stock operators do, called through torch, on the processor;
     what is alike is measured once. ``convolutions``: those too. Inductor lays out images and packs weights for its own,
-    which are faster than they are alone.
+    which are faster than they are alone. ``cold``: bytes of the weights of the graph, see :func:`.measure.timed`.
     """
 
     convolutions: bool = True
+    cold: int = COLD
     _known: dict[Any, float] = field(default_factory=dict)
 
     def __call__(self, block: Block, factors: Mapping[str, Tensor], bias: Tensor | None, value: Tensor) -> Match | None:
@@ -57,7 +58,7 @@ class GraphKernels:
         sizes = tuple((axis, -(-size // _STEP)) for axis, size in found.sizes)
         key = (found.kernel.name, sizes, found.windows, bias is None, given, torch.get_num_threads())
         if key not in self._known:
-            self._known[key] = timed(found, factors, bias, given, run=found).gain
+            self._known[key] = timed(found, factors, bias, given, run=found, cold=min(self.cold, COLD)).gain
         return found if self._known[key] > _GAIN else None
 
 

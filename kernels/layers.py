@@ -6,16 +6,18 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from tdc.errors import OptionError
 from tdc.ir import Block, Decline, Remark
 
 from .base import Match
 from .dense import KernelLinear, can_use_kernels
-from .measure import GAIN, memory_format, timed
+from .measure import COLD, GAIN, memory_format, timed
 from .registry import match
 
 __all__ = ["Accelerated", "Runs", "accelerate", "measured"]
@@ -70,25 +72,31 @@ class Accelerated:
     dtype: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor, factors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor | None:
-        if torch.compiler.is_compiling() or _watched() or torch.is_autocast_enabled(self.device):
+        if torch.compiler.is_compiling() or _watched() or not self._measured(x):
             return None
         operands = (x, *factors.values()) if bias is None else (x, *factors.values(), bias)
-        if not _suits(operands, self.device, self.dtype) or x.is_neg():
+        if torch.is_autocast_enabled(self.device) or not _suits(operands, self.device, self.dtype):
             return None
         if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
             return None
         if self.device == "cpu" and torch.get_num_threads() != self.threads:
             return None
-        if not self._measured(x):
-            return None
         result: Tensor = self.match.run(x, factors, bias)
         return result
 
     def _measured(self, x: Tensor) -> bool:
+        if x.layout is not torch.strided or x.is_nested:
+            return False
         if self.shapes:
             return tuple(x.shape) in self.shapes and x.is_contiguous(memory_format=memory_format(self.device))
-        rows = x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
+        if not x.ndim or x.shape[-1] != self._inputs:
+            return False
+        rows = x.numel() // self._inputs
         return any(rows in span for span in self.rows)
+
+    @cached_property
+    def _inputs(self) -> int:
+        return dict(self.match.sizes)["i"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,8 @@ def accelerate(
     keep none. ``accelerate(model, ())`` takes them away.
     """
     steps = sorted({int(n) for n in rows})
+    if steps and steps[0] < 1:
+        raise OptionError(f"rows are numbers above 0; got {steps[0]}")
     layers = _layers(model, dense)
     try:
         return _accelerated(model, layers, steps, example)
@@ -136,12 +146,12 @@ def _accelerated(
     model: nn.Module, layers: list[tuple[str, Runs]], steps: list[int], example: Any
 ) -> tuple[Remark, ...]:
     seen = None if example is None else _seen(model, [layer for _, layer in layers], example)
-    known: dict[Any, float] = {}
+    cold, known = min(COLD, _bytes(model)), dict[Any, float]()
     remarks = []
     for place, (name, layer) in enumerate(layers):
         parts: dict[str, Block | None] = {"": layer.own, "what it shares: ": layer.shared}
         found = {
-            note: _chosen(layer, block, steps, None if seen is None else seen[place], known)
+            note: _chosen(layer, block, steps, None if seen is None else seen[place], known, cold)
             for note, block in parts.items()
             if block is not None
         }
@@ -157,13 +167,23 @@ def _layers(model: nn.Module, dense: bool) -> list[tuple[str, Runs]]:
             layer.use(None)
         if dense and can_use_kernels(layer):
             layer.__class__ = KernelLinear
-        if isinstance(layer, KernelLinear):
+        if type(layer) is KernelLinear:
             layer.use(_stock)
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Runs)]
+    modules = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Runs)]
+    return [(n, m) for n, m in modules if not isinstance(m, KernelLinear) or type(m) is KernelLinear]  # parametrized
 
 
 def _stock(x: Tensor, factors: Mapping[str, Tensor], bias: Tensor | None) -> None:
     """No other way."""
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def _devices(model: nn.Module) -> list[int]:
+    found = {t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"}
+    return sorted(found)
 
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -185,7 +205,7 @@ def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[Shapes]:
         model.eval()
         for layer, shapes in zip(layers, found, strict=True):
             layer.use(noted(layer, shapes))
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(_devices(model)):
             for one in example if isinstance(example, list) else [example]:
                 if isinstance(one, Mapping):
                     model(**one)
@@ -198,10 +218,10 @@ def _seen(model: nn.Module, layers: list[Runs], example: Any) -> list[Shapes]:
 
 
 def _chosen(
-    layer: Runs, block: Block, steps: list[int], seen: Shapes | None, known: dict[Any, float]
+    layer: Runs, block: Block, steps: list[int], seen: Shapes | None, known: dict[Any, float], cold: int
 ) -> tuple[Runner | None, str]:
     """The kernel for a block of the layer where it gains, and what is to be said. ``seen``: shapes of the layer's own
-    input; what it shares has as many rows.
+    input; what it shares has as many rows. ``cold``: see :func:`.measure.timed`.
     """
     factors = layer.factors
     some = next((factor for factor in factors.values() if factor.is_floating_point()), torch.empty(0))
@@ -224,7 +244,7 @@ def _chosen(
         for shape in shapes or ():
             key = (name, found.sizes, found.windows, bias is None, shape, some.device, some.dtype, way)
             if key not in known:
-                known[key] = way(found, factors, bias, shape)
+                known[key] = way(found, factors, bias, shape, cold=cold)
             gains[shape] = known[key]
         chosen.append(_where(found, gains, None if seen is not None else steps, some))
         texts.append(", ".join(f"{gain:.2f} times as fast {_at(shape)}" for shape, gain in gains.items()))
@@ -265,9 +285,11 @@ def _at(shape: tuple[int, ...]) -> str:
     return f"at {shape[0]} rows" if len(shape) == 2 else f"at {' x '.join(map(str, shape))}"
 
 
-def measured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int]) -> float:
+def measured(
+    found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int], *, cold: int = COLD
+) -> float:
     """How many times as fast as the stock operators the kernel is on an input of that shape, asked as layers ask it."""
-    return timed(found, factors, bias, shape, run=_always(found, factors, shape)).gain
+    return timed(found, factors, bias, shape, run=_always(found, factors, shape), cold=cold).gain
 
 
 def _always(found: Match, factors: Mapping[str, Tensor], shape: Sequence[int]) -> Accelerated | None:
@@ -275,7 +297,9 @@ def _always(found: Match, factors: Mapping[str, Tensor], shape: Sequence[int]) -
     return _where(found, {tuple(shape): math.inf}, None, some)
 
 
-def measured_captured(found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int]) -> float:
+def measured_captured(
+    found: Match, factors: Mapping[str, Tensor], bias: Tensor | None, shape: Sequence[int], *, cold: int = COLD
+) -> float:
     """The same in a CUDA graph."""
     return timed(found, factors, bias, shape, captured=True).gain
 
@@ -285,19 +309,25 @@ def _suits(operands: Iterable[Tensor], device: str, dtype: torch.dtype) -> bool:
     for t in operands:
         if type(t) not in (Tensor, nn.Parameter) or t.device.type != device or t.dtype not in (dtype, torch.int32):
             return False
+        if t.layout is not torch.strided or t.is_neg():
+            return False
     return True
 
 
 def _watched() -> bool:
-    """Whether something records or transforms the operators that run: a trace, a dispatch mode, a functorch transform.
+    """Whether something records or transforms the operators that run: a trace, a mode, a functorch transform, gradients
+    that go forwards.
 
     These have no public question in torch; where it is not known, something does.
     """
     try:
         return bool(
             torch._C._len_torch_dispatch_stack()
+            or torch._C._len_torch_function_stack()
+            or torch._ops._len_torch_dispatch_stack_pre_dispatch()
             or torch._C._are_functorch_transforms_active()
             or torch._C._get_tracing_state()
+            or torch.autograd.forward_ad._current_level >= 0
         )
     except AttributeError:
         return True

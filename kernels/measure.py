@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,12 +50,14 @@ def timed(
     shape: Sequence[int],
     captured: bool = False,
     run: Callable[..., Tensor | None] | None = None,
+    cold: int = COLD,
 ) -> Timed:
     """Times the kernel and the stock operators on an input of that shape; on a GPU as called from Python, or
-    ``captured`` into a CUDA graph. ``run``: what runs the kernel, on the processor.
+    ``captured`` into a CUDA graph. ``run``: what runs the kernel, on the processor; where it gives None nothing is
+    gained.
 
-    Both run in turn on copies of the factors, so that the weights are read from memory, as in a model that is larger
-    than the cache.
+    Both run in turn on copies of the factors, of ``cold`` bytes together: with that of the whole model the weights are
+    read from where the caches hold them there, or from memory.
     """
     if found.kernel.device == "cuda":
         from .triton import timing
@@ -62,18 +65,20 @@ def timed(
         return Timed(*timing.timed(found, factors, bias, shape, memory_format("cuda"), captured))
     own = {name: factors[name].detach() for name in found.factors}
     size = sum(factor.numel() * factor.element_size() for factor in own.values())
-    count = COLD // max(size, 4096) + 2 if size < COLD else 1
+    count = cold // max(size, 4096) + 2 if size < cold else 1
     copies = [own if count == 1 else {name: factor.clone() for name, factor in own.items()} for _ in range(count)]
     x = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
     both: tuple[tuple[Callable[..., Tensor | None], list[float]], ...] = ((found.reference, []), (run or found.run, []))
     end = time.perf_counter() + LONGEST
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for lap in range(2 + REPEATS):
             for place, (call, taken) in enumerate(both):
                 given = copies[(lap + place * count // 2) % count]
                 start = time.perf_counter()
-                call(x, given, bias)
+                result = call(x, given, bias)
                 taken.append(time.perf_counter() - start)
+                if result is None:
+                    return Timed((math.inf,), (1.0,))
             if lap > LEAST and time.perf_counter() > end:
                 break
     stock, fast = (tuple(taken[2:]) for _, taken in both)

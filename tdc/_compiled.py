@@ -65,7 +65,9 @@ class Graph:
         self.roots = [places[node] for w in self.weights for node in w.roots if node in places]
         self.watched = sorted({places[node] for w in self.weights for node in sources(w) if node in places})
         self._pick = picker(self.watched)
-        self._kernels = GraphKernels(convolutions=settings.inner != "inductor")
+        held = [args[k] for k in self.constants if isinstance(args[k], Tensor)]
+        size = sum(t.numel() * t.element_size() for t in (*held, *self.own.values()))
+        self._kernels = GraphKernels(convolutions=settings.inner != "inductor", cold=size)
         self.kernels: Kernels | None = self._kernel if settings.kernels == "auto" else None
         self._lowered: dict[Any, tuple[Call, bool]] = {}
         self._instances: dict[tuple[int, ...], Instance] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tdc
 from tdc.frontends.fx import timing
+from tdc.frontends.fx.export import open_exported
 from tdc.frontends.fx.timing import Stopwatch
 from tdc.kernels import Match, graphs
 from tdc.kernels.c.two_products import available
@@ -149,6 +150,37 @@ def test_other_dtypes_and_autocast_run_on_stock_operators(gain: dict[str, Any], 
         with torch.autocast("cpu", torch.bfloat16):
             assert compiled(model, x, inner="eager")(x).dtype is torch.bfloat16
     assert not written
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_autocast_inside_a_model_keeps_its_dtype(inner: str, gain: dict[str, Any], written: list[str]) -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(48, 48), nn.Linear(48, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                first, second = self.one(x), self.two(x)
+            result: Tensor = first @ second.T
+            return result
+
+    torch.manual_seed(0)
+    model, x = Casting().eval(), torch.randn(5, 48)
+    with torch.no_grad():
+        found = compiled(model, x, inner=inner, budget="params=0.9")(x)
+        assert found.dtype is model(x).dtype is torch.bfloat16
+    assert not written
+
+
+def test_graphs_are_timed_without_what_keeps_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp()
+    program = open_exported(torch.export.export(model, (x,)))
+    run, seeds = program.bounds[0].repeated((x,)), list[int]()
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    with torch.no_grad():
+        torch.testing.assert_close(run(), model(x))
+    assert not seeds
 
 
 def test_weights_that_change_reach_the_kernels(gain: dict[str, Any], written: list[str]) -> None:

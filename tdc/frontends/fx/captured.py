@@ -143,14 +143,16 @@ class Bound:
         return self.captured.label(self.run(values, changes=changes))
 
     def repeated(self, values: Values) -> Callable[[], Any]:
-        """Runs the graph on the same values each time, without what :meth:`run` does around it."""
+        """Runs the graph on the same values each time, without what :meth:`run` does around it: to be called inside
+        :func:`undisturbed`, which takes its time.
+        """
         if any(node.op == "get_attr" for node in self.captured.written):
             return lambda: self.run(values)
         given = self._fitting(dict(zip(self.captured.inputs, values, strict=True)))[0]
         arguments = [self._argument(node, given) for node in self.captured.placeholders]
 
         def run() -> Any:
-            with undisturbed(), self.captured.context():
+            with self.captured.context():
                 return self.captured.module.forward(*arguments)
 
         return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class Emitter:
     values: dict[tuple[object, ...], fx.Node] = field(default_factory=dict)
     """What sites with factors in common have computed: by site, activation, dtype and op."""
     _known: dict[str, fx.Node] = field(default_factory=dict)
+
+    @cached_property
+    def casts(self) -> bool:
+        """Whether the graph goes through autocast, of which kernels know nothing."""
+        return any("autocast" in str(node.target) for node in self.graph.nodes)
 
     def replace(self, use: Use, norm: Norm | None, new: Replacement, name: str, lead: str, bias: Tensor | None) -> None:
         """Put a block in place of one use, and of the normalisation behind it. ``name`` is the weight's, ``lead`` that
@@ -117,7 +123,7 @@ class _Line:
 
     def kernel(self) -> Callable[..., Any] | None:
         value, kernels = self.use.activation.meta.get("val"), self.emitter.kernels
-        if kernels is None or self.common or self.unbatched or not isinstance(value, Tensor):
+        if kernels is None or self.common or self.unbatched or not isinstance(value, Tensor) or self.emitter.casts:
             return None
         given = self.use.node.meta.get("val")
         if self.use.dtype not in (None, value.dtype) or (isinstance(given, Tensor) and given.dtype != value.dtype):

@@ -313,7 +313,8 @@ class FxProgram:
         """Seconds of a run of the program's first graph and of what came of it, called in turn."""
         given = batch or self._seen
         assert given is not None
-        old, small = seconds_of([[bound.repeated(given[1])] for bound in (self.bounds[0], self._after(new))])
+        with undisturbed():
+            old, small = seconds_of([[bound.repeated(given[1])] for bound in (self.bounds[0], self._after(new))])
         return old, small
 
     def declines(self, site: Site, block: Block) -> str | None:

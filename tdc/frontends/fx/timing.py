@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from ...ir import Block, Site
 from ..clock import Run, alike, copies_of, in_turn, part_of_run, seconds_of, stand_ins, stored_numbers
 from ..program import Kernel, Replacement
-from .captured import Bound, Values
+from .captured import Bound, Values, undisturbed
 from .emit import Emitter, Kernels
 from .match import Use
 
@@ -71,7 +71,8 @@ class Stopwatch:
         """Seconds of a run of the whole graph, the fastest, and what part of a run its sites take."""
         kinds = alike(self.sites, self.key)
         inside = [(in_turn([_dense(met)[0] for met in self.met[site.order]]), count) for site, count in kinds]
-        return part_of_run(self.whole, inside)
+        with undisturbed():
+            return part_of_run(self.whole, inside)
 
     def key(self, site: Site) -> object:
         """Equal for sites that take the same time."""

@@ -69,8 +69,8 @@ class Factored(nn.Module):
         for name in (*_HOOKS, *_HOOK_FLAGS):
             if name in replaced.__dict__:
                 self.__dict__[name] = replaced.__dict__[name]
-        self.__dict__.update({key: value for key, value in _attributes(replaced).items() if not hasattr(self, key)})
-        self.__dict__["_skeleton"] = _skeleton(replaced)
+        skeleton = self.__dict__["_skeleton"] = _skeleton(replaced)
+        self.__dict__.update({key: value for key, value in _attributes(skeleton).items() if not hasattr(self, key)})
 
     @property
     def factors(self) -> dict[str, Tensor]:

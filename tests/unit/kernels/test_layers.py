@@ -41,7 +41,7 @@ def small() -> nn.Module:
 def gains(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """What the measurement is to find, by the number of rows; nothing is measured."""
     found = {1: 2.0, 4: 1.0, 8: 3.0}
-    monkeypatch.setattr(layers, "measured", lambda match, factors, bias, shape: found[shape[0]])
+    monkeypatch.setattr(layers, "measured", lambda match, factors, bias, shape, **how: found[shape[0]])
     return found
 
 
@@ -243,7 +243,7 @@ def test_convolutions_run_on_kernels_at_the_shapes_of_the_example(
     plain = copy.deepcopy(small).eval()
     shapes: list[tuple[int, ...]] = []
 
-    def gain(match: kernels.Match, factors: object, bias: object, shape: tuple[int, ...]) -> float:
+    def gain(match: kernels.Match, factors: object, bias: object, shape: tuple[int, ...], **how: int) -> float:
         shapes.append(tuple(shape))
         return 2.0
 
@@ -371,7 +371,7 @@ def test_on_a_gpu_calls_and_captured_ones_are_chosen_by_themselves(
 ) -> None:
     """With kernels that only claim to run on a GPU."""
     plain = layers.match
-    monkeypatch.setattr(layers, "measured_captured", lambda match, factors, bias, shape: 4.0 - gains[shape[0]])
+    monkeypatch.setattr(layers, "measured_captured", lambda match, factors, bias, shape, **how: 4.0 - gains[shape[0]])
 
     def claimed(block: Block, device: str) -> kernels.Match:
         found = plain(block, device)
