@@ -15,7 +15,7 @@ from ..ir import Block, Site
 __all__ = ["Run", "alike", "copies_of", "in_turn", "once", "part_of_run", "seconds_of", "stand_ins", "stored_numbers"]
 
 _COLD = 64 << 20
-"""Bytes of weights that copies of a layer take together, so that the caches do not hold them from call to call."""
+"""Bytes of weights that caches do not hold from call to call."""
 _MOST_COPIES = 12
 _BUDGET = 0.1
 """Seconds spent on a contestant."""
@@ -50,9 +50,11 @@ def alike(sites: Iterable[Site], key: Callable[[Site], object]) -> list[tuple[Si
     return [(own[0], len(own)) for own in found.values()]
 
 
-def copies_of(size: int) -> int:
-    """How many copies of a layer whose weights take ``size`` bytes are timed in turn."""
-    return max(1, min(_MOST_COPIES, math.ceil(_COLD / max(size, 1))))
+def copies_of(size: int, model: int) -> int:
+    """How many copies of a layer whose weights take ``size`` bytes are timed in turn, in a ``model`` of so many bytes:
+    as many as it takes for the caches to hold no more of them than there.
+    """
+    return max(1, min(_MOST_COPIES, math.ceil(min(_COLD, model) / max(size, 1))))
 
 
 def seconds_of(contestants: Sequence[Sequence[Run]]) -> list[float]:

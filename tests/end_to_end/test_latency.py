@@ -15,6 +15,7 @@ from torch import nn
 import tdc
 from tdc import targets
 from tdc.errors import BudgetError, OptionError
+from tdc.frontends.clock import copies_of
 from tdc.frontends.fx import FxProgram
 from tdc.frontends.fx.export import open_exported
 from tdc.frontends.nn import NnProgram
@@ -183,6 +184,13 @@ def test_on_this_machine() -> None:
     assert seconds > 0
     assert 0 < part <= 1
     assert len(watch.site(sites[0], [])) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "model", "copies"), [(1000, 1000, 1), (1000, 4500, 5), (1000, 10**9, 12), (10**9, 10**9, 1), (0, 0, 1)]
+)
+def test_layers_are_timed_as_cold_as_they_are_in_the_model(size: int, model: int, copies: int) -> None:
+    assert copies_of(size, model) == copies
 
 
 def test_a_kernel_counts_where_it_is_faster() -> None:

@@ -129,7 +129,7 @@ def test_budgets_of_time_count_what_the_graph_gets(kernels: str, gain: dict[str,
 
     def site(watch: Stopwatch, *what: Any) -> list[float]:
         met = watch.met[what[0].order][0]
-        graphs = [timing._replaced(met, block, watch.kernels)[0] for block in what[1]]
+        graphs = [timing._replaced(met, block, 0, watch.kernels)[0] for block in what[1]]
         ran.extend("tdc" in str(node.target) for run in graphs for node in run.func.__self__.graph.nodes)  # type: ignore[attr-defined]
         return plain(watch, *what)
 

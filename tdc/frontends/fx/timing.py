@@ -70,7 +70,7 @@ class Stopwatch:
     def model(self) -> tuple[float, float]:
         """Seconds of a run of the whole graph, the fastest, and what part of a run its sites take."""
         kinds = alike(self.sites, self.key)
-        inside = [(in_turn([_dense(met)[0] for met in self.met[site.order]]), count) for site, count in kinds]
+        inside = [(in_turn([_dense(met, 0)[0] for met in self.met[site.order]]), count) for site, count in kinds]
         with undisturbed():
             return part_of_run(self.whole, inside)
 
@@ -86,8 +86,9 @@ class Stopwatch:
         it.
         """
         met = self.met[site.order]
-        replaced = [[_replaced(one, block, self.kernels) for one in met] for block in blocks]
-        contestants = [[_dense(one) for one in met], *replaced]
+        whole = sum(_size(own[0].args[own[0].weight]) for own in self.met.values() if own)
+        replaced = [[_replaced(one, block, whole, self.kernels) for one in met] for block in blocks]
+        contestants = [[_dense(one, whole) for one in met], *replaced]
         return seconds_of([[in_turn(runs) for runs in zip(*own, strict=True)] for own in contestants])
 
 
@@ -95,25 +96,29 @@ def _shape(given: Any) -> object:
     return (tuple(given.shape), given.stride(), given.dtype) if isinstance(given, Tensor) else str(given)
 
 
-def _dense(met: Met) -> list[Run]:
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _dense(met: Met, whole: int) -> list[Run]:
     """The operator with other weights of the same memory format."""
     weight = met.args[met.weight]
     target, kwargs = met.use.node.target, dict(met.use.node.kwargs)
     assert callable(target)
-    args = [list(met.args) for _ in range(copies_of(weight.numel() * weight.element_size()))]
+    args = [list(met.args) for _ in range(copies_of(_size(weight), whole))]
     for seed, own in enumerate(args):
         made = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         own[met.weight] = torch.empty_like(weight).copy_(made)
     return [partial(target, *own, **kwargs) for own in args]
 
 
-def _replaced(met: Met, block: Block, kernels: Kernels | None) -> list[Run]:
+def _replaced(met: Met, block: Block, whole: int, kernels: Kernels | None) -> list[Run]:
     """A graph of the block alone, with its constants as arguments."""
     like, dtype = met.args[met.weight], met.use.dtype or met.args[met.weight].dtype
     met = _fitting(met, block)
     made = [
         stand_ins(block, dtype, like.device, seed)
-        for seed in range(copies_of(stored_numbers(block) * like.element_size()))
+        for seed in range(copies_of(stored_numbers(block) * like.element_size(), whole))
     ]
     given = [a for a in met.args if isinstance(a, Tensor)]
     graphs = [_graph(met, Replacement(block, factors, ""), kernels) for factors in made]

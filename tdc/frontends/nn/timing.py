@@ -39,6 +39,10 @@ class Stopwatch:
     context: Callable[[], AbstractContextManager[None]]
     layers: Mapping[int, tuple[nn.Module, Sequence[Tensor]]]
 
+    @property
+    def _bytes(self) -> int:
+        return sum(_size(module) for module in {module for module, _ in self.layers.values()})
+
     def model(self) -> tuple[float, float]:
         """Seconds of a run of the whole model, the fastest, and what part of a run is spent in the layers: both are
         timed in the same runs, so that other work on the machine changes it little.
@@ -81,9 +85,10 @@ class Stopwatch:
         module, activations = self.layers[site.order]
         plain = all(x.is_cpu and x.dtype is torch.float32 and x.is_contiguous() for x in activations)
         usable = [kernel if plain else None for kernel in kernels or [None] * len(blocks)]
-        copies = [_dense(module), *(_replaced(module, block) for block in blocks)]
+        whole = self._bytes
+        copies = [_dense(module, whole), *(_replaced(module, block, whole) for block in blocks)]
         places = [k for k, kernel in enumerate(usable) if kernel is not None]
-        copies += [_replaced(module, blocks[k], usable[k]) for k in places]
+        copies += [_replaced(module, blocks[k], whole, usable[k]) for k in places]
         inputs = [None, *blocks, *(blocks[k] for k in places)]
         entering = [[_entering(block, x) for x in activations] for block in inputs]
         seconds = seconds_of(
@@ -113,10 +118,16 @@ def _like(weight: Tensor, seed: int) -> Tensor:
     return torch.empty_like(weight).copy_(made)
 
 
-def _dense(module: nn.Module) -> list[nn.Module]:
+def _size(module: nn.Module) -> int:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.numel() * weight.element_size()
+
+
+def _dense(module: nn.Module, whole: int) -> list[nn.Module]:
     weight, bias = module._parameters["weight"], module._parameters.get("bias")
     assert weight is not None
-    count = copies_of(weight.numel() * weight.element_size())
+    count = copies_of(_size(module), whole)
     return [_bare(module, _like(weight, seed), bias) for seed in range(count)]
 
 
@@ -131,11 +142,11 @@ def _bare(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     return made.eval()
 
 
-def _replaced(module: nn.Module, block: Block, kernel: Kernel | None = None) -> list[nn.Module]:
+def _replaced(module: nn.Module, block: Block, whole: int, kernel: Kernel | None = None) -> list[nn.Module]:
     like = module._parameters["weight"]
     assert like is not None
     bare = _bare(module, like, module._parameters.get("bias"))
-    count = copies_of(stored_numbers(block) * like.element_size())
+    count = copies_of(stored_numbers(block) * like.element_size(), whole)
     return [_with_block(bare, block, like, seed, kernel) for seed in range(count)]
 
 

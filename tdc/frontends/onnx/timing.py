@@ -61,13 +61,14 @@ class Stopwatch:
         """Seconds that a site takes in a run, as it is and in place of it with each block, by stock operators."""
         met = self.met[site.order]
         whole = [alone(self.source, one) for one in met]
+        whole_size = sum(other.params for other in self.sites) * met[0].activation.itemsize
         contestants: list[list[Run]] = [[_empty()]]
         for block in (None, *blocks):
             entering = [_fitting(one, block) for one in met]
             pairs = zip(whole, met, entering, strict=True)
             small = [own if new is old else alone(self.source, new) for own, old, new in pairs]
             numbers = stored_numbers(block) if block is not None else site.params
-            copies = range(copies_of(numbers * met[0].activation.itemsize))
+            copies = range(copies_of(numbers * met[0].activation.itemsize, whole_size))
             rows = [[_run(own, one, block, seed) for own, one in zip(small, entering, strict=True)] for seed in copies]
             contestants.append([in_turn(runs) for runs in rows])
         empty, *taken = seconds_of(contestants)
