@@ -29,10 +29,10 @@ _GAIN = 0.98
 class TimeLayouts(Pass):
     """Measures the dense layers and, of every format, five candidates, on activations as the example gives them and
     with weights that the caches hold no better than in the model; the times of the others are taken for piecewise
-    linear in the multiply-adds. Candidates that take longer than the dense layer are left out. Sites that are alike are measured
-    once. Of several examples (``unit.workload``) the times are added, each as often as it is run. Sites with hidden
-    units in common are timed one by one, with as many of these as the candidate keeps. Groups that share factors are
-    not proposed under such a budget.
+    linear in the multiply-adds. Candidates that take longer than the dense layer are left out. Sites that are alike are
+    measured once. Of several examples (``unit.workload``) the times are added, each as often as it is run. Sites with
+    hidden units in common are timed one by one, with as many of these as the candidate keeps. Groups that share factors
+    are not proposed under such a budget.
     """
 
     name = "time-layouts"
