@@ -140,13 +140,14 @@ def test_a_linear_tied_to_an_embedding_stays_dense_with_a_remark() -> None:
     assert isinstance(small.body, FactoredLinear)
 
 
-def test_attention_of_torch_stays_dense_with_a_remark() -> None:
-    """nn.MultiheadAttention reads out_proj.weight itself, past the module."""
+def test_attention_that_cannot_be_opened_stays_dense_with_a_remark() -> None:
+    """nn.MultiheadAttention reads out_proj.weight itself, past the module; with keys of zeros it stays as it is."""
 
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention, self.body = nn.MultiheadAttention(16, 2, batch_first=True), layer(16, 16)
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True, add_zero_attn=True)
+            self.body = layer(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.body(self.attention(x, x, x, need_weights=False)[0])
