@@ -68,10 +68,14 @@ class Graph:
         held = [args[k] for k in self.constants if isinstance(args[k], Tensor)]
         size = sum(t.numel() * t.element_size() for t in (*held, *self.own.values()))
         self._kernels = GraphKernels(convolutions=settings.inner != "inductor", cold=size)
-        self.kernels: Kernels | None = self._kernel if settings.kernels == "auto" else None
         self._lowered: dict[Any, tuple[Call, bool]] = {}
         self._instances: dict[tuple[int, ...], Instance] = {}
         self._current = self.instance(args)
+
+    @property
+    def kernels(self) -> Kernels | None:
+        """See :class:`tdc.kernels.graphs.GraphKernels`; None where they are not wanted."""
+        return self._kernel if self.settings.kernels == "auto" else None
 
     def _kernel(self, *what: Any) -> Match | None:
         with undisturbed():

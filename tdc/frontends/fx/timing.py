@@ -86,7 +86,7 @@ class Stopwatch:
         it.
         """
         met = self.met[site.order]
-        whole = sum(_size(own[0].args[own[0].weight]) for own in self.met.values() if own)
+        whole = sum(own[0].args[own[0].weight].nbytes for own in self.met.values() if own)
         replaced = [[_replaced(one, block, whole, self.kernels) for one in met] for block in blocks]
         contestants = [[_dense(one, whole) for one in met], *replaced]
         return seconds_of([[in_turn(runs) for runs in zip(*own, strict=True)] for own in contestants])
@@ -96,16 +96,12 @@ def _shape(given: Any) -> object:
     return (tuple(given.shape), given.stride(), given.dtype) if isinstance(given, Tensor) else str(given)
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _dense(met: Met, whole: int) -> list[Run]:
     """The operator with other weights of the same memory format."""
     weight = met.args[met.weight]
     target, kwargs = met.use.node.target, dict(met.use.node.kwargs)
     assert callable(target)
-    args = [list(met.args) for _ in range(copies_of(_size(weight), whole))]
+    args = [list(met.args) for _ in range(copies_of(weight.nbytes, whole))]
     for seed, own in enumerate(args):
         made = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         own[met.weight] = torch.empty_like(weight).copy_(made)

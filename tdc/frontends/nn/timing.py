@@ -41,7 +41,8 @@ class Stopwatch:
 
     @property
     def _bytes(self) -> int:
-        return sum(_size(module) for module in {module for module, _ in self.layers.values()})
+        modules = {module for module, _ in self.layers.values()}
+        return sum(weight.nbytes for m in modules if (weight := m._parameters["weight"]) is not None)
 
     def model(self) -> tuple[float, float]:
         """Seconds of a run of the whole model, the fastest, and what part of a run is spent in the layers: both are
@@ -118,16 +119,10 @@ def _like(weight: Tensor, seed: int) -> Tensor:
     return torch.empty_like(weight).copy_(made)
 
 
-def _size(module: nn.Module) -> int:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight.numel() * weight.element_size()
-
-
 def _dense(module: nn.Module, whole: int) -> list[nn.Module]:
     weight, bias = module._parameters["weight"], module._parameters.get("bias")
     assert weight is not None
-    count = copies_of(_size(module), whole)
+    count = copies_of(weight.nbytes, whole)
     return [_bare(module, _like(weight, seed), bias) for seed in range(count)]
 
 
