@@ -181,11 +181,11 @@ struct plan {
     const float *x, *bias;
     float *y, *laid, *values[2];
     long *offsets;
-    long value;
+    long value, images, together, rows; /* images, and rows of one, that go through all stages at a time */
 };
 
 /* All stages for some rows of the output of some images. */
-static void run_band(const struct plan *p, int threads, long image, long images, struct span rows) {
+static void run_band(const struct plan *p, struct team *team, long image, long images, struct span rows) {
     struct span spans[STAGES + 1];
     spans[p->count] = rows;
     for (int k = p->count - 1; k >= 0; k--)
@@ -219,17 +219,26 @@ static void run_band(const struct plan *p, int threads, long image, long images,
                                          : (channel * phases(s) + y % s->down * s->across + x % s->across) * plane +
                                                y / s->down * t.pitch + x / s->across;
         if (!s->plain)
-            pool_run(threads, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
+            team_run(team, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
         const long depth = s->inputs * s->rows * s->columns, deepest = depth < DEPTH ? depth + !depth : DEPTH;
         const long most = DEPTH * WIDTH / deepest;
         const long all = images * t.positions, widest = (most < WIDEST ? most : WIDEST) / GRAIN * GRAIN;
         const long fewest = (all + widest - 1) / widest * GRAIN;
         t.wide = (all + fewest - 1) / fewest * GRAIN; /* parts of one size */
-        const long parts = (all + t.wide - 1) / t.wide, wanted = (2 * threads - 1) / parts + 1;
+        const long parts = (all + t.wide - 1) / t.wide, wanted = (2 * team->threads - 1) / parts + 1;
         const long worth = 1 + s->outputs * depth / (1 << 14);
         t.chunks = wanted < worth ? wanted : worth;
-        pool_run(threads, some_blocks, &t, parts * t.chunks, 1);
+        team_run(team, some_blocks, &t, parts * t.chunks, 1);
     }
+}
+
+static void all_bands(void *context, struct team *team) {
+    const struct plan *p = context;
+    const long height = p->stages[p->count - 1].height, images = p->images;
+    for (long image = 0; image < images; image += p->together)
+        for (long row = 0; row < height; row += p->rows)
+            run_band(p, team, image, images - image < p->together ? images - image : p->together,
+                     (struct span){row, row + p->rows < height ? row + p->rows : height});
 }
 
 /* Whether each number below n is there once; where they are is in `places`. */
@@ -294,13 +303,8 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
         return NO_MEMORY;
     }
     struct plan plan = {stages, count, version, x, bias, y, scratch, {scratch + laid, scratch + laid + values},
-                        (long *)(void *)(scratch + laid + 2 * values), value};
-    threads = pool_enter(macs * images < 1 << 20 ? 1 : threads);
-    for (long image = 0; image < images; image += together)
-        for (long row = 0; row < height; row += rows)
-            run_band(&plan, threads, image, images - image < together ? images - image : together,
-                     (struct span){row, row + rows < height ? row + rows : height});
-    pool_leave(threads);
+                        (long *)(void *)(scratch + laid + 2 * values), value, images, together, rows};
+    team_call(threads, macs * images < 1 << 20 ? 1 : threads, all_bands, &plan);
     free(scratch);
     free(places);
     return OK;

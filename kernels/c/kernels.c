@@ -1,4 +1,4 @@
-/* All C kernels, as one library with one pool of threads. */
+/* All C kernels, as one library. */
 #include "two_products.c"
 
 #include "convolutions.c"

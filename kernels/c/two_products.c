@@ -13,7 +13,7 @@
 */
 #ifndef LANES
 
-#include "pool.h" /* first: it says which system functions are wanted */
+#include "team.h" /* first: it says which system functions are wanted */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -24,7 +24,6 @@
 #include <immintrin.h>
 #endif
 
-#define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define JOIN(a, b) a##b
 #define NAMED(name, version) JOIN(name, version)
@@ -226,35 +225,48 @@ static void some_rows(void *context, long start, long stop) {
     }
 }
 
-static void shared_product(int threads, product_function run, long outputs, struct product product) {
+static void shared_product(struct team *team, product_function run, long outputs, struct product product) {
     struct share s = {product, run, outputs, 1};
-    if (threads < 2)
+    if (team->threads < 2)
         run(&product, 0, outputs);
     else if (product.rows < MANY)
-        pool_run(threads, some_outputs, &s, groups(outputs), worth_a_claim(product.depth));
+        team_run(team, some_outputs, &s, groups(outputs), worth_a_claim(product.depth));
     else {
-        const long wide = (outputs + WIDTH - 1) / WIDTH, wanted = 4 * threads / (wide + !wide) + 1;
+        const long wide = (outputs + WIDTH - 1) / WIDTH, wanted = 4 * team->threads / (wide + !wide) + 1;
         s.blocks = wanted < product.rows / MANY ? wanted : product.rows / MANY;
-        pool_run(threads, some_rows, &s, wide * s.blocks, 1);
+        team_run(team, some_rows, &s, wide * s.blocks, 1);
     }
 }
 
 /* All phases, in turn. With a gather in front, the first r gathered entries pass by the first product. If stacked,
    inner holds intermediate and result side by side, else the intermediate alone. */
-static void work(struct call *c, int threads) {
+static void two_products(void *context, struct team *team) {
+    struct call *c = context;
     long r = c->rank, i = c->inputs, o = c->outputs, passed = c->order ? r : 0, kept = c->stacked ? r : 0;
     if (c->order)
-        pool_run(threads, gather_input, c, groups(i), worth_a_claim(c->rows));
+        team_run(team, gather_input, c, groups(i), worth_a_claim(c->rows));
     const float *source = c->order ? c->gathered : c->x;
-    shared_product(threads, c->product, r,
+    shared_product(team, c->product, r,
                    (struct product){c->first, source + passed, c->order ? source : NULL, NULL, c->inner, c->rows,
                                     i - passed, i, i, c->inner_stride});
     float *y = c->stacked ? c->inner + r : c->y;
-    shared_product(threads, c->product, o - kept,
+    shared_product(team, c->product, o - kept,
                    (struct product){c->second, c->inner, NULL, c->stacked ? NULL : c->bias, y, c->rows, r,
                                     c->inner_stride, 0, c->stacked ? c->inner_stride : o});
     if (c->stacked)
-        pool_run(threads, gather_output, c, groups(o), worth_a_claim(c->rows));
+        team_run(team, gather_output, c, groups(o), worth_a_claim(c->rows));
+}
+
+/* The second product alone, of rank as many outputs. */
+static void one_product(void *context, struct team *team) {
+    struct call *c = context;
+    long o = c->outputs, i = c->inputs, passed = c->order ? o : 0;
+    if (c->order)
+        team_run(team, gather_input, c, groups(i), worth_a_claim(c->rows));
+    const float *source = c->order ? c->gathered : c->x;
+    shared_product(team, c->product, o,
+                   (struct product){c->second, source + passed, c->order ? source : NULL, c->bias, c->y, c->rows,
+                                    i - passed, i, i, o});
 }
 
 /* Threads that are worth waking: each has at least 256 KiB of weights to read, or as long to multiply. */
@@ -278,9 +290,7 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
         return NO_MEMORY;
     struct call c = {x,    first,  second, bias, order,   place,  y,                 scratch, scratch + gathered,
                      rows, inputs, rank,   outputs, stride,  stacked, products[version], OK};
-    threads = pool_enter(worth(threads, rank * (inputs + outputs), rows));
-    work(&c, threads);
-    pool_leave(threads);
+    team_call(threads, worth(threads, rank * (inputs + outputs), rows), two_products, &c);
     free(scratch);
     return c.status;
 }
@@ -297,15 +307,9 @@ EXPORT int tdc_one_product(int version, int threads, const float *x, const float
     float *gathered = order ? aligned_alloc(64, (size_t)(rows * stride + 16) / 16 * 64) : NULL;
     if (order && !gathered)
         return NO_MEMORY;
-    struct call c = {.x = x, .order = order, .gathered = gathered, .rows = rows, .inputs = stride, .status = OK};
-    threads = pool_enter(worth(threads, inputs * outputs, rows));
-    if (order)
-        pool_run(threads, gather_input, &c, groups(stride), worth_a_claim(rows));
-    const float *source = order ? gathered : x;
-    shared_product(threads, products[version], outputs,
-                   (struct product){weight, source + (order ? outputs : 0), order ? source : NULL, bias, y, rows, inputs,
-                                    stride, stride, outputs});
-    pool_leave(threads);
+    struct call c = {x,    NULL,   weight,  bias,    order,  NULL, y,                 gathered, NULL,
+                     rows, stride, outputs, outputs, inputs, 0,    products[version], OK};
+    team_call(threads, worth(threads, inputs * outputs, rows), one_product, &c);
     free(gathered);
     return c.status;
 }

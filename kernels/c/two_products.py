@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,19 @@ def library() -> ctypes.CDLL | Decline:
         found.tdc_two_products.argtypes = [*[number] * 2, *[pointer] * 7, *[size] * 4, number]
         found.tdc_one_product.argtypes = [*[number] * 2, *[pointer] * 5, *[size] * 3]
         found.tdc_convolutions.argtypes = [*[number] * 2, *[pointer] * 6, *[size] * 4, number, pointer, number]
+        found.tdc_runtime.argtypes = [pointer]
+        found.tdc_runtime(_runtime())
     return found
+
+
+def _runtime() -> int | None:
+    """Where ``GOMP_parallel`` is in the OpenMP runtime of torch (libgomp; LLVM's and Intel's have it too), else None."""
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    try:
+        loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name), os.RTLD_NOLOAD)
+        return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def available() -> Decline | None:

@@ -1,4 +1,4 @@
-"""The threads that help a call: they come when asked, change no result, and nobody waits for one that does not come."""
+"""The threads that help a call: those that torch has, no others; they change no result."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_calls_from_several_threads_at_once_are_right() -> None:
 
 @pytest.mark.usefixtures("three")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_child_process_starts_helpers_of_its_own() -> None:
+def test_a_child_process_does_without() -> None:
     code = """
 import os, torch
 from tdc.kernels.c.two_products import run
@@ -85,22 +85,28 @@ print(same, os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not TASKS.exists(), reason="threads are counted in /proc")
-def test_as_many_threads_as_torch_has_and_none_before_they_are_wanted() -> None:
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="this torch has no OpenMP")
+def test_the_threads_are_those_of_torch() -> None:
     code = """
 import os, torch
 from tdc.kernels.c.two_products import run
 x, first, second = torch.randn(3, 700), torch.randn(400, 700), torch.randn(900, 400)
+large = torch.randn(600, 600)
 counts = []
-for threads in (1, 3, 2, 4):
-    torch.set_num_threads(threads)
+def count(call):
     before = len(os.listdir("/proc/self/task"))
-    run(x, first, second)
+    call()
     counts.append(len(os.listdir("/proc/self/task")) - before)
-run(x[:, :20], first[:20, :20], second[:20, :20])
+for threads in (1, 3, 4):
+    torch.set_num_threads(threads)
+    count(lambda: run(x, first, second))
+    count(lambda: large + large)
+    count(lambda: large @ large)
+count(lambda: run(x[:, :20], first[:20, :20], second[:20, :20]))
 print(*counts)
 """
     run_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert run_.stdout.split() == ["0", "2", "0", "1"], run_.stderr
+    assert run_.stdout.split() == ["0", "0", "0", "2", "0", "0", "1", "0", "0", "0"], run_.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be bound here")
