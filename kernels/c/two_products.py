@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL | Decline:
 
 
 def _runtime() -> int | None:
-    """Where ``GOMP_parallel`` is in the OpenMP runtime of torch (libgomp; LLVM's and Intel's have it too), else None."""
+    """Where ``GOMP_parallel`` is in the OpenMP runtime of torch (LLVM's and Intel's have it too), else None."""
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     try:
         loaded = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name), os.RTLD_NOLOAD)

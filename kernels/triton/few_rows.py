@@ -47,27 +47,35 @@ class Tiling:
 
 def tiling(rows: int, outputs: int, inputs: int, size: int, processors: int) -> Tiling:
     """For numbers of ``size`` bytes, measured on an H200. Weights of up to 16 MB, for one row of up to 48 MB, come in
-    pieces of 32 kB that a program holds whole in registers; others in a loop, by as many programs as there are
-    multiprocessors, or more.
+    pieces of 32 or 64 kB that a program holds whole in registers; others in a loop. Where there are fewer tiles than
+    multiprocessors, the columns are split so that all have as much to do.
     """
     weight = outputs * inputs * size
     if rows == 1 and (inputs * size <= 4096 or weight <= 48 << 20):
         k = min(triton.next_power_of_2(max(inputs, 1)), 8192 // size)
         return Tiling(1, min(max(32768 // (k * size), 1), 32), k, max(triton.cdiv(inputs, k), 1), 4, 1)
-    padded = max(16, triton.next_power_of_2(rows))
-    if rows == 1:
-        shape = (1, 16, 512 // size, 4, 4)
-    elif weight <= 16 << 20:
+    padded = 1 if rows == 1 else max(16, triton.next_power_of_2(rows))
+    if rows > 1 and weight <= 16 << 20:
         k = min(max(16, triton.next_power_of_2(max(inputs, 1))), 1024 // size)
-        return Tiling(padded, 32, k, max(triton.cdiv(inputs, k), 1), 4, 1)
+        return Tiling(padded, 128 // size, k, max(triton.cdiv(inputs, k), 1), 4, 1)
+    wide = outputs >= 64 * processors
+    if rows == 1:
+        n, k, stages, wanted = 16, 512 // size, 4, 4 * processors
     else:
-        shape = (padded, 64, 512 // size, 8, 3) if inputs >= 3072 else (padded, 64, 256 // size, 4, 4)
-    _, n, k, warps, stages = shape
-    most = (4 if rows == 1 else 1) * processors
-    split = 1
-    while split < 16 and triton.cdiv(outputs, n) * split < most and inputs >= 512 * split:
-        split *= 2
-    return Tiling(padded if rows > 1 else 1, n, k, split, warps, stages)
+        n, k, stages, wanted = 128 if padded >= 32 and wide else 64, 256 // size, 3, 3 * processors // 2
+    most = 1 if wide else max(min(triton.cdiv(inputs, k) // 4, 16), 1)
+    return Tiling(padded, n, k, _split(triton.cdiv(outputs, n), most, wanted, processors), 4, stages)
+
+
+def _split(tiles: int, most: int, wanted: int, processors: int) -> int:
+    """The fewest parts at which there are ``wanted`` programs and nine tenths of their last round are busy."""
+
+    def busy(split: int) -> float:
+        rounds = triton.cdiv(tiles * split, processors)
+        return tiles * split / (rounds * processors)
+
+    some = [split for split in range(1, most + 1) if tiles * split >= wanted] or [most]
+    return next((split for split in some if busy(split) >= 0.9), max(some, key=busy))
 
 
 @triton.jit

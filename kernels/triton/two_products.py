@@ -1,10 +1,11 @@
 """Two products with one intermediate on NVIDIA GPUs: what ``tdc::two_products`` runs there; see the C kernel of it.
 
 One row, or few of float16 or bfloat16: two launches that are bound by reading the factors, see :mod:`.few_rows`; the
-intermediate goes through the L2 cache. More rows: two products by cuBLAS, written where they belong, and one launch for
-a gather. (A program that fused both for 64 or 128 rows would read all factors once for these: at 2048 rows and more,
-that is more traffic than the intermediate, which it saves.) Rounding: of the intermediate and of the result, to the
-type of x, as torch; an index out of range gives NaN. Results are the same at every call.
+intermediate goes through the L2 cache. Few rows by a large factor with many outputs are cuBLAS's. More rows: two
+products by cuBLAS, written where they belong, and one launch for a gather. (A program that fused both for 64 or 128
+rows would read all factors once for these: at 2048 rows and more, that is more traffic than the intermediate, which it
+saves.) Rounding: of the intermediate and of the result, to the type of x, as torch; an index out of range gives NaN.
+Results are the same at every call.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ __all__ = ["DTYPES", "KERNELS", "ROWS", "few", "run", "settled"]
 ROWS = 64
 """Most rows that the kernel for few rows takes."""
 SMALL = 16 << 20
-"""Bytes of a factor."""
+"""Bytes of a factor up to which the kernel takes 32 rows, not 16."""
+LARGE = 48 << 20
+WIDE = 16384
+"""Bytes, and outputs, of a factor from which cuBLAS multiplies few rows by it, more than one, faster (an H200)."""
 NAMES = ("float16", "bfloat16", "float32")
 DTYPES = tuple(getattr(torch, name) for name in NAMES)
 LIMITS = "float16, bfloat16 or float32, on an NVIDIA GPU"
@@ -62,6 +66,10 @@ def few(rows: int, *factors: Tensor) -> str:
     return "few" if rows <= most and factors[0].dtype is not torch.float32 else "many"
 
 
+def _wide(rows: int, weight: Tensor) -> bool:
+    return rows > 1 and len(weight) >= WIDE and weight.nbytes >= LARGE
+
+
 def settled(weight: Tensor) -> bool:
     """Whether the weight is as it was at an earlier call, so that the launch before this one does not write it."""
     if weight.is_inference():
@@ -90,6 +98,8 @@ def _few(
     bias, order, place = (t if t is None else t.contiguous() for t in (bias, order, place))
     x = x if order is None else gathered(x, order)
     inner = product(x, first, rank=rank, passed=order is not None, early=early)
+    if not stacked and _wide(len(x), second):
+        return functional.linear(inner, second, bias)
     # Where the launch before is one of ours, what came before that one has ended, and nobody writes the factors.
     return product(inner, second, bias, place=place, rank=rank, stacked=stacked, early=True)
 
@@ -127,7 +137,7 @@ def one_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if x.dtype is not weight.dtype or x.dtype not in DTYPES or not runs_here(x, weight, bias):
         raise ValueError(f"the Triton code takes {LIMITS}")
     rows = x.numel() // x.shape[-1] if x.numel() else 0
-    if not rows or not weight.numel() or few(rows, weight) == "many":
+    if not rows or not weight.numel() or few(rows, weight) == "many" or _wide(rows, weight):
         return functional.linear(x, weight, bias)
     if weight.shape[1] != x.shape[-1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"the shapes do not fit: {[list(t.shape) for t in (x, weight, bias) if t is not None]}")
