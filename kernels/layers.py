@@ -27,6 +27,7 @@ _MANY, _SURE = 256, 1.2
 """From that many rows on it is arithmetic that counts, and a kernel with that gain is taken for still more rows."""
 
 
+_PLAIN = frozenset({Tensor, nn.Parameter})
 Runner = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
 
 
@@ -92,7 +93,7 @@ class Accelerated:
         if not x.ndim or x.shape[-1] != self._inputs:
             return False
         rows = x.numel() // self._inputs
-        return any(rows in span for span in self.rows)
+        return bool([span for span in self.rows if rows in span])
 
     @cached_property
     def _inputs(self) -> int:
@@ -307,9 +308,9 @@ def measured_captured(
 def _suits(operands: Iterable[Tensor], device: str, dtype: torch.dtype) -> bool:
     """Whether all are plain tensors there, of that type or int32."""
     for t in operands:
-        if type(t) not in (Tensor, nn.Parameter) or t.device.type != device or t.dtype not in (dtype, torch.int32):
+        if type(t) not in _PLAIN or not (t.is_cpu if device == "cpu" else t.device.type == device):
             return False
-        if t.layout is not torch.strided or t.is_neg():
+        if (t.dtype is not dtype and t.dtype is not torch.int32) or t.layout is not torch.strided or t.is_neg():
             return False
     return True
 

@@ -110,18 +110,18 @@ def run(
     """The C code. ``version``: the place in :func:`versions` of the one to run (default: the widest)."""
     code, widest = _code()
     outputs = checked_outputs(x, first, second, bias, order, place, stacked)
-    given = [t if t is None else t.contiguous() for t in (x, first, second, bias, order, place)]
-    if x.dtype is not torch.float32 or not all(t is None or t.is_cpu for t in given):
+    given = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, first, second, bias, order, place)]
+    if x.dtype is not torch.float32 or [t for t in given if t is not None and not t.is_cpu]:
         raise ValueError(f"tdc::{_NAME}: the C code takes float32 on the processor")
-    rank, inputs = first.shape[0], x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], outputs))
+    rank, shape = first.shape[0], x.shape
+    y = x.new_empty((*shape[:-1], outputs))
     failed = code(
         widest if version is None else version,
         torch.get_num_threads(),
         *[t if t is None else t.data_ptr() for t in given],
         y.data_ptr(),
         y.numel() // outputs if outputs else 0,
-        inputs,
+        shape[-1],
         rank,
         outputs,
         stacked,

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ...ir import Block, Op, Rebuild, Window, contraction, conv_groups, conv_shape
 from ..graph import built, memory_format
-from .layers import padded, stored_weight
+from .layers import held, padded, stored_weight
 from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
 from .sharing import Sharing, own_part, shared_part
 
@@ -84,9 +84,7 @@ class Factored(nn.Module):
 
     def factor(self, name: str) -> Tensor:
         """One factor."""
-        holder, key = self.holder(name), f"weight_{name}"
-        found: Tensor | None = holder._parameters.get(key)
-        return getattr(holder, key) if found is None else found
+        return held(self.holder(name), f"weight_{name}")
 
     @property
     def weight(self) -> Tensor:
@@ -143,7 +141,7 @@ class Factored(nn.Module):
         """By the runner that is to be asked first, else by the block."""
         if "_runner" in self.__dict__:
             run, entry = self.__dict__["_runner"]
-            result: Tensor | None = run(common.get(entry, activation), self.factors, self.bias)
+            result: Tensor | None = run(common.get(entry, activation), self.factors, held(self, "bias"))
             if result is not None:
                 return result
         return self._run(activation, self.bias, ops, common)
