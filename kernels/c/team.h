@@ -13,10 +13,6 @@
 #ifndef TDC_TEAM
 #define TDC_TEAM
 
-#ifdef __linux__
-#define _GNU_SOURCE
-#endif
-
 #define EXPORT __attribute__((visibility("default")))
 
 struct team;

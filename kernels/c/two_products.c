@@ -13,7 +13,7 @@
 */
 #ifndef LANES
 
-#include "team.h" /* first: it says which system functions are wanted */
+#include "team.h"
 
 #include <stdint.h>
 #include <stdlib.h>
