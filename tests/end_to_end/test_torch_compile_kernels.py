@@ -152,8 +152,15 @@ def test_other_dtypes_and_autocast_run_on_stock_operators(gain: dict[str, Any], 
     assert not written
 
 
+@pytest.mark.parametrize("budget", ["params=0.9", "latency_ms=1000"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-def test_autocast_inside_a_model_keeps_its_dtype(inner: str, gain: dict[str, Any], written: list[str]) -> None:
+def test_autocast_inside_a_model_keeps_its_dtype(
+    inner: str, budget: str, gain: dict[str, Any], written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed_with: list[Any] = []
+    plain = Stopwatch.model
+    monkeypatch.setattr(Stopwatch, "model", lambda watch: timed_with.append(watch.kernels) or plain(watch))
+
     class Casting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -168,9 +175,10 @@ def test_autocast_inside_a_model_keeps_its_dtype(inner: str, gain: dict[str, Any
     torch.manual_seed(0)
     model, x = Casting().eval(), torch.randn(5, 48)
     with torch.no_grad():
-        found = compiled(model, x, inner=inner, budget="params=0.9")(x)
+        found = compiled(model, x, inner=inner, budget=budget)(x)
         assert found.dtype is model(x).dtype is torch.bfloat16
     assert not written
+    assert timed_with == ([] if budget.startswith("params") else [None])
 
 
 def test_graphs_are_timed_without_what_keeps_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from ..graph import built, memory_format
 from ..program import Replacement
 from .match import Norm, Use
 
-__all__ = ["Emitter"]
+__all__ = ["Emitter", "casts"]
 
 aten = torch.ops.aten
 _CONVOLVE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
@@ -28,6 +28,11 @@ Kernels = Callable[[Block, Mapping[str, Tensor], Tensor | None, Tensor], Callabl
 """What runs a block with these factors and this bias on such a value, called with the value, the factors by name and
 the bias; None where the block's own operators do.
 """
+
+
+def casts(graph: fx.Graph) -> bool:
+    """Whether the graph goes through autocast, of which kernels know nothing."""
+    return any("autocast" in str(node.target) for node in graph.nodes)
 
 
 @dataclass(eq=False)
@@ -47,8 +52,7 @@ class Emitter:
 
     @cached_property
     def casts(self) -> bool:
-        """Whether the graph goes through autocast, of which kernels know nothing."""
-        return any("autocast" in str(node.target) for node in self.graph.nodes)
+        return casts(self.graph)
 
     def replace(self, use: Use, norm: Norm | None, new: Replacement, name: str, lead: str, bias: Tensor | None) -> None:
         """Put a block in place of one use, and of the normalisation behind it. ``name`` is the weight's, ``lead`` that

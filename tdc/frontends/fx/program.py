@@ -18,7 +18,7 @@ from ..lockstep import Meet, Visit, in_step
 from ..program import Change, Loss, Replacement, Tap, sketch, unpadded_of
 from .captured import Bound, Override, Values, alongside, passes_on, undisturbed
 from .cost import graph_cost
-from .emit import Kernels
+from .emit import Kernels, casts
 from .match import Use, Weight, canonical, match, plain, storage_key
 from .override import marked, with_weight
 from .rewrite import (
@@ -307,7 +307,8 @@ class FxProgram:
         bound, sites = self.bounds[place], tuple(sites)
         uses = {site.order: weight.uses for site in sites if (weight := self._in(place, site.order)) is not None}
         self.pause()
-        return Stopwatch(bound.repeated(values), sites, met_in(bound, values, uses), self.kernels)
+        kernels = None if casts(bound.captured.module.graph) else self.kernels
+        return Stopwatch(bound.repeated(values), sites, met_in(bound, values, uses), kernels)
 
     def times(self, new: Rewritten, batch: Batch | None = None) -> tuple[float, float]:
         """Seconds of a run of the program's first graph and of what came of it, called in turn."""
