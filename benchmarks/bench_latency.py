@@ -4,9 +4,9 @@
 
 The cases are of real architectures; those of one layer have random weights whose singular values fall like 1 / sqrt(k),
 since no trained ones are at hand, models their own. Planned under the budget in the metric ``weight``, then dense and
-result run in turn: single layers on copies of themselves that the caches do not hold. ``ratio``: dense over result in
-the same lap, the median, with its 95 % interval from order statistics. ``outcome``: what was done, or why nothing.
-A case is slower if the interval lies below 0.98. Rows go to results/latency.csv, in place of those of the same case.
+result run in turn, as they are. ``ratio``: dense over result in the same lap, the median, with its 95 % interval from
+order statistics. ``outcome``: what was done, or why nothing. A case is slower if the interval lies below 0.98. Rows go
+to results/latency.csv, in place of those of the same case.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from torch import Tensor, nn
 
 import tdc
 from tdc.errors import BudgetError
-from tdc.frontends.clock import copies_of
 
 NAME, KEYS = "latency", ("case", "door", "threads")
 SECONDS = 6.0
 LAPS = (25, 101)
-Runs = list[Callable[[], object]]
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,6 @@ class Case:
     name: str
     door: str
     make: Callable[[], tuple[nn.Module, Tensor]]
-    single: bool = True
 
 
 def spectral(module: nn.Module) -> nn.Module:
@@ -127,44 +125,38 @@ CASES = (
     Case("ResNet-50 3x64x7x7 stem at 224, batch 1", "module", conv(3, 64, 7, 224, 1, stride=2)),
     Case("MobileNet depthwise 96x3x3 at 56, batch 1", "module", conv(96, 96, 3, 56, 1, groups=96)),
     Case("ResNeXt 256x3x3 in 32 groups at 14, batch 1", "module", conv(256, 256, 3, 14, 1, groups=32)),
-    Case("VGG11 on CIFAR-10, batch 1", "module", vgg11(1), False),
-    Case("VGG11 on CIFAR-10, batch 16", "module", vgg11(16), False),
-    Case("MiniLM, 8 x 64 tokens", "module", minilm(8, 64), False),
+    Case("VGG11 on CIFAR-10, batch 1", "module", vgg11(1)),
+    Case("VGG11 on CIFAR-10, batch 16", "module", vgg11(16)),
+    Case("MiniLM, 8 x 64 tokens", "module", minilm(8, 64)),
     Case("ViT-B perceptron 768-3072-768, 197 rows", "onnx", mlp(768, 3072, 197)),
     Case("ViT-B perceptron 768-3072-768, 1 row", "onnx", mlp(768, 3072, 1)),
     Case("ResNet-18 block of 128 at 28, batch 1", "onnx", basic_block(128, 28, 1)),
-    Case("VGG11 on CIFAR-10, batch 1", "onnx", vgg11(1), False),
-    Case("VGG11 on CIFAR-10, batch 16", "onnx", vgg11(16), False),
-    Case("MiniLM, 8 x 64 tokens", "onnx", minilm(8, 64), False),
+    Case("VGG11 on CIFAR-10, batch 1", "onnx", vgg11(1)),
+    Case("VGG11 on CIFAR-10, batch 16", "onnx", vgg11(16)),
+    Case("MiniLM, 8 x 64 tokens", "onnx", minilm(8, 64)),
     Case("ViT-B perceptron 768-3072-768, 197 rows", "export", mlp(768, 3072, 197)),
     Case("ResNet-18 block of 128 at 28, batch 16", "export", basic_block(128, 28, 16)),
-    Case("VGG11 on CIFAR-10, batch 16", "export", vgg11(16), False),
-    Case("MiniLM, 8 x 64 tokens", "torch.compile", minilm(8, 64), False),
-    Case("VGG11 on CIFAR-10, batch 16", "torch.compile", vgg11(16), False),
+    Case("VGG11 on CIFAR-10, batch 16", "export", vgg11(16)),
+    Case("MiniLM, 8 x 64 tokens", "torch.compile", minilm(8, 64)),
+    Case("VGG11 on CIFAR-10, batch 16", "torch.compile", vgg11(16)),
 )
 
 
-def copies(model: nn.Module, single: bool) -> list[nn.Module]:
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return [model, *(copy.deepcopy(model) for _ in range(copies_of(size) - 1 if single else 0))]
-
-
-def through_module(case: Case, budget: str) -> tuple[Runs, Runs, tdc.Report]:
+def through_module(case: Case, budget: str) -> tuple[Run, Run, tdc.Report]:
     model, x = case.make()
     small = tdc.compress(model, x, budget=budget, metric="weight", progress=False)
-    pair = [[lambda m=m: m(x) for m in copies(one, case.single)] for one in (model, small)]
-    return pair[0], pair[1], tdc.report(small)
+    return lambda: model(x), lambda: small(x), tdc.report(small)
 
 
-def through_onnx(case: Case, budget: str) -> tuple[Runs, Runs, tdc.Report]:
+def through_onnx(case: Case, budget: str) -> tuple[Run, Run, tdc.Report]:
     model, x = case.make()
     with tempfile.TemporaryDirectory() as folder:
         dense, out = Path(folder) / "dense.onnx", Path(folder) / "small.onnx"
         torch.onnx.export(model, (x,), dense, dynamo=True, verbose=False, input_names=["x"], external_data=False)
         report = tdc.compress_onnx(dense, out, budget=budget, metric="weight", progress=False)
-        sessions = [[session(path) for _ in range(4 if case.single else 1)] for path in (dense, out)]
-    pair = [[lambda s=s: s.run(None, {"x": x.numpy()}) for s in own] for own in sessions]
-    return pair[0], pair[1], report
+        before, after = session(dense), session(out)
+    given = {"x": x.numpy()}
+    return lambda: before.run(None, given), lambda: after.run(None, given), report
 
 
 def session(path: Path) -> Any:
@@ -176,27 +168,27 @@ def session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
 
-def through_export(case: Case, budget: str) -> tuple[Runs, Runs, tdc.Report]:
+def through_export(case: Case, budget: str) -> tuple[Run, Run, tdc.Report]:
     model, x = case.make()
     program = torch.export.export(model, (x,))
     small = tdc.compress_export(program, budget=budget, metric="weight", progress=False)
-    pair = [[lambda m=m: m(x) for m in copies(p.module(), case.single)] for p in (program, small)]
-    return pair[0], pair[1], tdc.report(small)
+    before, after = program.module(), small.module()
+    return lambda: before(x), lambda: after(x), tdc.report(small)
 
 
-def through_compile(case: Case, budget: str) -> tuple[Runs, Runs, tdc.Report]:
+def through_compile(case: Case, budget: str) -> tuple[Run, Run, tdc.Report]:
     model, x = case.make()
     options = {"budget": budget, "metric": "weight", "strict": True, "calibrate_calls": 0}
     dense, small = torch.compile(copy.deepcopy(model)), torch.compile(model, backend="tdc", options=options)
     with torch.no_grad():
         dense(x), small(x)
-    return [lambda: dense(x)], [lambda: small(x)], tdc.report(small)
+    return lambda: dense(x), lambda: small(x), tdc.report(small)
 
 
 DOORS = {"module": through_module, "onnx": through_onnx, "export": through_export, "torch.compile": through_compile}
 
 
-def ratios(dense: Runs, small: Runs) -> list[float]:
+def ratios(dense: Run, small: Run) -> list[float]:
     """Dense over result, lap by lap."""
     found, start = list[float](), time.perf_counter()
     with torch.inference_mode():
@@ -204,9 +196,9 @@ def ratios(dense: Runs, small: Runs) -> list[float]:
             if lap >= 3 + LAPS[0] and time.perf_counter() - start > SECONDS:
                 break
             taken = []
-            for runs in (dense, small) if lap % 2 else (small, dense):
+            for run in (dense, small) if lap % 2 else (small, dense):
                 begin = time.perf_counter()
-                runs[lap % len(runs)]()
+                run()
                 taken.append(time.perf_counter() - begin)
             first, second = taken if lap % 2 else taken[::-1]
             if lap >= 3:
