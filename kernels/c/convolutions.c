@@ -13,14 +13,17 @@
    two_products.c, with channels for entries. Neither moves anything: the columns are read, and the outputs are written,
    where they lie.
 
-   Several images, or some rows of one, go through all stages at a time, so that what lies between stages stays in the
-   second-level cache. This file includes itself once for each instruction set, as two_products.c does, whose
+   Several images, or some rows of one, a band, go through all stages at a time, so that what lies between stages stays in
+   the second-level cache. Threads take bands of their own where these can be dealt out evenly; else they share each stage
+   of a band. This file includes itself once for each instruction set, as two_products.c does, whose
    names it uses.
 */
 #ifndef LANES
 
 enum {
     STAGES = 4,     /* at most */
+    SLOTS = 64,     /* threads that take bands of their own, at most */
+    SHORTEST = 12,  /* rows of a band that are few because of them, at least: those at its edges are made twice */
     WIDEST = 1024,  /* positions of one part, at most */
     GRAIN = 32,     /* of which they are a multiple */
     CACHE = 1 << 18 /* numbers that lie between stages at a time */
@@ -181,7 +184,10 @@ struct plan {
     const float *x, *bias;
     float *y, *laid, *values[2];
     long *offsets;
-    long value, images, together, rows; /* images, and rows of one, that go through all stages at a time */
+    long value, images, together, rows; /* images, and rows of one, that go through all stages at a time: a band */
+    long apart;                         /* bytes from the scratch of one thread to that of the next */
+    long slots;                         /* threads that have one of their own; 1: all share it */
+    atomic_int *taken;                  /* which are in use */
 };
 
 /* All stages for some rows of the output of some images. */
@@ -232,13 +238,56 @@ static void run_band(const struct plan *p, struct team *team, long image, long i
     }
 }
 
+static long parts_of(long whole, long part) { return (whole + part - 1) / part; }
+
+/* Bands [start, stop), one after the other. */
+static void run_bands(const struct plan *p, struct team *team, long start, long stop) {
+    const long height = p->stages[p->count - 1].height, across = parts_of(height, p->rows);
+    for (long band = start; band < stop; band++) {
+        long image = band / across * p->together, row = band % across * p->rows;
+        run_band(p, team, image, p->images - image < p->together ? p->images - image : p->together,
+                 (struct span){row, row + p->rows < height ? row + p->rows : height});
+    }
+}
+
+static void *moved(void *place, long bytes) { return (char *)place + bytes; }
+
+/* The same on scratch of their own, by one thread. */
+static void some_bands(void *context, long start, long stop) {
+    struct plan *shared = context;
+    struct plan own = *shared;
+    struct team alone = {.threads = 1};
+    long slot = 0;
+    while (atomic_exchange(&shared->taken[slot], 1)) /* there are as many as threads: one is free */
+        slot = (slot + 1) % shared->slots;
+    const long by = slot * shared->apart;
+    own.laid = moved(own.laid, by);
+    own.offsets = moved(own.offsets, by);
+    own.values[0] = moved(own.values[0], by);
+    own.values[1] = moved(own.values[1], by);
+    run_bands(&own, &alone, start, stop);
+    atomic_store(&shared->taken[slot], 0);
+}
+
 static void all_bands(void *context, struct team *team) {
-    const struct plan *p = context;
-    const long height = p->stages[p->count - 1].height, images = p->images;
-    for (long image = 0; image < images; image += p->together)
-        for (long row = 0; row < height; row += p->rows)
-            run_band(p, team, image, images - image < p->together ? images - image : p->together,
-                     (struct span){row, row + p->rows < height ? row + p->rows : height});
+    struct plan *p = context;
+    const long bands = parts_of(p->images, p->together) * parts_of(p->stages[p->count - 1].height, p->rows);
+    if (p->slots > 1)
+        team_run(team, some_bands, p, bands, 1);
+    else
+        run_bands(p, team, 0, bands);
+}
+
+/* The most images at a time, up to `together`, at which threads that each take bands of them are done soonest; 0 where
+   some of these would have over a tenth more to do than others. */
+static long shared_out(long images, long together, long threads) {
+    long best = 0, least = images + images / 10;
+    for (long some = together; some > 0; some--) {
+        long all = parts_of(parts_of(images, some), threads) * threads * some;
+        if (all < least || (all == least && !best))
+            best = some, least = all;
+    }
+    return best;
 }
 
 /* Whether each number below n is there once; where they are is in `places`. */
@@ -295,16 +344,28 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
         rows = (rows + 1) / 2, value = between(stages, count, rows, &laid);
     long together = rows < height ? 1 : CACHE / (laid + 2 * value + 1);
     together = together < 1 ? 1 : together < images ? together : images;
+    threads = macs * images < 1 << 20 ? 1 : threads;
+    long slots = 1;
+    if (threads > 1 && threads <= SLOTS) {
+        const long fewer = parts_of(rows, threads);
+        long some = shared_out(images * parts_of(height, rows), together, threads);
+        if (!some && fewer >= SHORTEST && (some = shared_out(images * parts_of(height, fewer), 1, threads)))
+            rows = fewer, value = between(stages, count, rows, &laid);
+        together = some ? some : together;
+        slots = some ? threads : 1;
+    }
     laid = (laid * together + 15) / 16 * 16;
     long values = (value * together + 15) / 16 * 16, size = (laid + 2 * values) * (long)sizeof(float);
-    float *scratch = aligned_alloc(64, (size_t)((size + taps * (long)sizeof(long) + 63) / 64 * 64));
+    const long apart = (size + taps * (long)sizeof(long) + 63) / 64 * 64;
+    float *scratch = aligned_alloc(64, (size_t)(apart * slots));
     if (!scratch) {
         free(places);
         return NO_MEMORY;
     }
+    atomic_int taken[SLOTS] = {0};
     struct plan plan = {stages, count, version, x, bias, y, scratch, {scratch + laid, scratch + laid + values},
-                        (long *)(void *)(scratch + laid + 2 * values), value, images, together, rows};
-    team_call(threads, macs * images < 1 << 20 ? 1 : threads, all_bands, &plan);
+                        (long *)(void *)(scratch + laid + 2 * values), value, images, together, rows, apart, slots, taken};
+    team_call(threads, threads, all_bands, &plan);
     free(scratch);
     free(places);
     return OK;

@@ -13,6 +13,8 @@
 #ifndef TDC_TEAM
 #define TDC_TEAM
 
+#include <stdatomic.h>
+
 #define EXPORT __attribute__((visibility("default")))
 
 struct team;
@@ -30,7 +32,6 @@ typedef void (*runtime)(void (*run)(void *), void *context, unsigned threads, un
 
 #include <pthread.h>
 #include <sched.h>
-#include <stdatomic.h>
 #include <time.h>
 
 enum { LATE = 20000, RESTS = 16, PATIENCE = 64 };
