@@ -45,6 +45,9 @@ static long channels_in(const struct stage *s) { return s->inputs + (s->order ? 
 
 static long channels_out(const struct stage *s) { return s->outputs + (s->places ? s->inputs : 0); }
 
+/* Parts, the last one perhaps smaller. */
+static long parts_of(long whole, long part) { return (whole + part - 1) / part; }
+
 struct span {
     long start, stop;
 };
@@ -229,16 +232,14 @@ static void run_band(const struct plan *p, struct team *team, long image, long i
         const long depth = s->inputs * s->rows * s->columns, deepest = depth < DEPTH ? depth + !depth : DEPTH;
         const long most = DEPTH * WIDTH / deepest;
         const long all = images * t.positions, widest = (most < WIDEST ? most : WIDEST) / GRAIN * GRAIN;
-        const long fewest = (all + widest - 1) / widest * GRAIN;
-        t.wide = (all + fewest - 1) / fewest * GRAIN; /* parts of one size */
-        const long parts = (all + t.wide - 1) / t.wide, wanted = (2 * team->threads - 1) / parts + 1;
+        const long fewest = parts_of(all, widest) * GRAIN;
+        t.wide = parts_of(all, fewest) * GRAIN; /* parts of one size */
+        const long parts = parts_of(all, t.wide), wanted = (2 * team->threads - 1) / parts + 1;
         const long worth = 1 + s->outputs * depth / (1 << 14);
         t.chunks = wanted < worth ? wanted : worth;
         team_run(team, some_blocks, &t, parts * t.chunks, 1);
     }
 }
-
-static long parts_of(long whole, long part) { return (whole + part - 1) / part; }
 
 /* Bands [start, stop), one after the other. */
 static void run_bands(const struct plan *p, struct team *team, long start, long stop) {
@@ -341,7 +342,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
     last->places = places;
     long rows = height, laid, value = between(stages, count, rows, &laid);
     while (rows > 1 && laid + 2 * value > CACHE)
-        rows = (rows + 1) / 2, value = between(stages, count, rows, &laid);
+        rows = parts_of(rows, 2), value = between(stages, count, rows, &laid);
     long together = rows < height ? 1 : CACHE / (laid + 2 * value + 1);
     together = together < 1 ? 1 : together < images ? together : images;
     threads = macs * images < 1 << 20 ? 1 : threads;

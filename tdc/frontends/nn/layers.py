@@ -98,7 +98,7 @@ def padded(module: nn.Module, activation: Tensor) -> Tensor:
 
 def held(layer: nn.Module, name: str) -> Any:
     """The parameter or buffer, the quickest way."""
-    for held in (layer._parameters, layer._buffers):
-        if name in held:
-            return held[name]
+    for own in (layer._parameters, layer._buffers):
+        if name in own:
+            return own[name]
     return getattr(layer, name)

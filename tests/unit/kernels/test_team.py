@@ -97,11 +97,11 @@ def count(call):
     before = len(os.listdir("/proc/self/task"))
     call()
     counts.append(len(os.listdir("/proc/self/task")) - before)
-for threads in (1, 3, 4):
+calls = [lambda: run(x, first, second), lambda: large + large, lambda: large @ large]
+for threads, order in (1, calls), (3, calls), (4, calls[::-1]):
     torch.set_num_threads(threads)
-    count(lambda: run(x, first, second))
-    count(lambda: large + large)
-    count(lambda: large @ large)
+    for call in order:
+        count(call)
 count(lambda: run(x[:, :20], first[:20, :20], second[:20, :20]))
 print(*counts)
 """
