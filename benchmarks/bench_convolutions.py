@@ -1,10 +1,12 @@
 """The C kernel for convolutions against dense layers and against the same factors on stock operators.
 
-    python benchmarks/bench_convolutions.py [--laps 20] [--batches 1 16] [--threads 1] [--keep 0.25]
+    python benchmarks/bench_convolutions.py [--laps 20] [--batches 1 16] [--threads 1] [--keep 0.25] [--returned]
 
 3 x 3 convolutions of ResNet-18 and VGG, float32, contiguous, with bias; the forms that ``accelerate`` knows, at that
 part of the dense parameters, for ``tucker2`` of the channels. Weights are cold: each contestant goes through a pool
-larger than the last-level cache, all in turn in one run. ``keep``: multiply-adds, of dense. Times in microseconds,
+larger than the last-level cache, all in turn in one run. What is freed stays with the process: else the memory that
+one contestant returns to the system is zeroed again, page by page, in the next one's time, which is up to half of it;
+``--returned`` leaves that to the C library. ``keep``: multiply-adds, of dense. Times in microseconds,
 least and median, and ratios of both, beyond one where the kernel is faster. ``realised``: the speed-up of the better
 one of kernel and stock operators, as a part of the smaller one of the reductions of multiply-adds and of bytes; the
 last line has its distribution over the cases whose dense layer takes 200 us or more. Rows go to
@@ -14,6 +16,8 @@ results/convolutions.csv.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +35,7 @@ from tdc.kernels import Match, match
 from tdc.planning.path import contraction_paths
 
 NAME = "convolutions"
-KEYS = ("inputs", "outputs", "size", "stride", "form", "part", "batch", "threads")
+KEYS = ("inputs", "outputs", "size", "stride", "form", "part", "batch", "threads", "memory")
 POOL = 64 << 20
 SHAPES = (
     (64, 64, 56, 1),
@@ -47,6 +51,16 @@ SHAPES = (
 )
 FORMS = ("tucker2", "output_svd", "input_svd", "spatial_svd", "tt_conv")
 LEAST = 200.0
+
+
+def keep_memory() -> str:
+    """Tell the C library to return no memory to the system; "kept", or "returned" where it is not glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return "returned"
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    for name, value in ((trim_threshold, 2**31 - 1), (top_pad, 1 << 28), (mmap_max, 0)):
+        ctypes.CDLL(None).mallopt(name, value)
+    return "kept"
 
 
 def windows(stride: int) -> tuple[Window, ...]:
@@ -119,13 +133,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--threads", type=int, nargs="*", default=[1])
     parser.add_argument("--keep", type=float, nargs="*", default=[0.25])
+    parser.add_argument("--returned", action="store_true")
     chosen = parser.parse_args()
-    kept = {tuple(row[key] for key in KEYS): row for row in read_rows(NAME)}
+    memory = "returned" if chosen.returned else keep_memory()
+    kept = {tuple(row.get(key, "returned") for key in KEYS): row for row in read_rows(NAME)}
     new = []
     for threads, batch, part, shape, form in product(chosen.threads, chosen.batches, chosen.keep, SHAPES, FORMS):
         torch.set_num_threads(threads)
         laps = chosen.laps if batch == 1 else max(chosen.laps // 3, 5)
-        row = dict(zip(KEYS, (*shape, form, part, batch, threads), strict=True))
+        row = dict(zip(KEYS, (*shape, form, part, batch, threads, memory), strict=True))
         row |= measured(shape, form, part, batch, laps)
         new.append({key: str(value) for key, value in row.items()})
         kept[tuple(new[-1][key] for key in KEYS)] = new[-1]

@@ -26,16 +26,21 @@ enum {
     SHORTEST = 12,  /* rows of a band that are few because of them, at least: those at its edges are made twice */
     WIDEST = 1024,  /* positions of one part, at most */
     GRAIN = 32,     /* of which they are a multiple */
+    FEWEST = 128,   /* positions of one part that are worth copying the weights */
+    DEEP = 256,     /* inputs and taps at a time */
+    TALLEST = 192,  /* outputs whose weights are copied at a time */
+    SPAN = 8,       /* rows and columns of the window of a direct stage, at most */
     CACHE = 1 << 18 /* numbers that lie between stages at a time */
 };
 
-/* One convolution. `plain`: 1 x 1, each position of the input is one of the output. `order`: of the channels of the input,
+/* One convolution. `plain`: 1 x 1, each position of the input is one of the output. `direct`: its columns are read where
+   the input lies, which is not laid out. `order`: of the channels of the input,
    the first `outputs` of which are added to the product; else NULL. `places`: where the output has its channels, those of
    the input on top, then those of the product; else NULL. */
 struct stage {
     const float *weight;
     long inputs, outputs, rows, columns, down, across, top, left, height, width, in_height, in_width;
-    int plain;
+    int plain, direct;
     const int32_t *order;
     const long *places;
 };
@@ -63,25 +68,56 @@ struct task {
     long images, from_image, from_channel, laid_image, to_image, to_channel;
     long pitch, plane_rows, positions; /* of laid: numbers in a row, rows of a plane; of the output of one image */
     long wide, chunks;                 /* positions of a part, and parts of the outputs */
+    int fetched;                       /* whether columns are fetched ahead: those of the input */
     void (*block)(const struct task *, long output, long outputs, long start, long stop);
 };
 
-/* Numbers that lie in a row in what is multiplied, and where they go in a panel. */
+/* Numbers that lie in a row in what is multiplied, and where they go in a panel. Of a direct stage `down` and `across` say,
+   a bit for each number, for which the rows and the columns of the window meet an entry; elsewhere it is zero. */
 struct piece {
     const float *from;
     long at, length;
+    uint16_t down[SPAN], across[SPAN];
 };
+
+static unsigned bits(long start, long stop) { return start < stop ? ((1u << stop) - 1) & ~((1u << start) - 1) : 0; }
+
+/* What of a window is met at the positions of a piece from `place`. */
+static void meet(const struct task *t, long place, struct piece *piece) {
+    const struct stage *s = t->stage;
+    const long height = t->out.stop - t->out.start;
+    memset(piece->down, 0, sizeof piece->down);
+    memset(piece->across, 0, sizeof piece->across);
+    for (long l = 0, length; l < piece->length; l += length, place += length) {
+        const long x = place % s->width, row = place / s->width % height + t->out.start - s->top;
+        length = s->width - x < piece->length - l ? s->width - x : piece->length - l;
+        for (long y = 0; y < s->rows; y++)
+            if (row + y >= t->in.start && row + y < t->in.stop)
+                piece->down[y] |= (uint16_t)bits(l, l + length);
+        for (long q = 0; q < s->columns; q++) {
+            const long first = s->left - q - x, behind = s->in_width + s->left - q - x;
+            piece->across[q] |= (uint16_t)bits(l + (first > 0 ? first : 0), l + (behind < length ? behind : length));
+        }
+    }
+}
 
 /* The pieces of `count` positions from q, counted over all images, each of at most `longest`. */
 static long pieces_of(const struct task *t, long q, long count, long longest, struct piece *pieces) {
-    const long row = t->stage->plain ? t->positions : t->stage->width;
+    const struct stage *s = t->stage;
+    const long through = s->direct && t->from_image == t->positions ? t->images * t->positions : t->positions;
+    const long row = t->pitch == s->width ? through : s->width;
+    const float *from = t->laid;
+    if (s->direct)
+        from = t->from + (t->out.start - s->top - t->in.start) * s->in_width - s->left;
     long found = 0;
     for (long at = 0; at < count; found++) {
-        const long image = (q + at) / t->positions, place = (q + at) % t->positions, x = place % row;
-        long length = row - x < count - at ? row - x : count - at;
+        const long image = (q + at) / through, place = (q + at) % through;
+        long length = row - place % row < count - at ? row - place % row : count - at;
         length = length < longest ? length : longest;
-        const float *base = t->stage->plain ? t->from + image * t->from_image : t->laid + image * t->laid_image;
-        pieces[found] = (struct piece){base + place / row * t->pitch + x, at, length};
+        const float *base = from + image * (s->direct ? t->from_image : t->laid_image);
+        pieces[found] = (struct piece){base + place / s->width * t->pitch + place % s->width, at, length, {0}, {0}};
+        if (s->direct)
+            meet(t, place, pieces + found);
         at += length;
     }
     return found;
@@ -123,7 +159,9 @@ static const struct {
 /* Rows and row length of a phase's plane for `rows` rows of the output. */
 static long plane_rows(const struct stage *s, long rows) { return rows + (s->rows - 1) / s->down; }
 
-static long pitch(const struct stage *s) { return s->plain ? s->width : s->width + (s->columns - 1) / s->across; }
+static long pitch(const struct stage *s) {
+    return s->direct ? s->in_width : s->width + (s->columns - 1) / s->across;
+}
 
 /* The rows of the input that some of the output need. */
 static struct span needed(const struct stage *s, struct span out) {
@@ -169,7 +207,7 @@ static long between(const struct stage *stages, int count, long rows, long *laid
     *laid = 0;
     for (int k = count - 1; k >= 0; k--) {
         const struct stage *s = stages + k;
-        if (!s->plain) {
+        if (!s->direct) {
             long size = s->inputs * phases(s) * plane_rows(s, span.stop - span.start) * pitch(s);
             *laid = size > *laid ? size : *laid;
         }
@@ -187,7 +225,7 @@ struct plan {
     const float *x, *bias;
     float *y, *laid, *values[2];
     long *offsets;
-    long value, images, together, rows; /* images, and rows of one, that go through all stages at a time: a band */
+    long images, together, rows; /* images, and rows of one, that go through all stages at a time: a band */
     long apart;                         /* bytes from the scratch of one thread to that of the next */
     long slots;                         /* threads that have one of their own; 1: all share it */
     atomic_int *taken;                  /* which are in use */
@@ -205,9 +243,10 @@ static void run_band(const struct plan *p, struct team *team, long image, long i
         long in_rows = spans[k].stop - spans[k].start, out_rows = spans[k + 1].stop - spans[k + 1].start;
         if (out_rows < 1) /* the window behind it meets zeros alone */
             continue;
+        const long entries = in_rows * s->in_width, positions = out_rows * s->width;
         struct task t = {s, spans[k], spans[k + 1], p->values[k % 2], p->laid, p->values[(k + 1) % 2], NULL, p->offsets,
-                         images, p->value, in_rows * s->in_width, 0, p->value, out_rows * s->width, pitch(s),
-                         plane_rows(s, out_rows), out_rows * s->width, 0, 1, versions[p->version].block};
+                         images, entries, images * entries, 0, positions, images * positions, pitch(s),
+                         plane_rows(s, out_rows), positions, 0, 1, s == first && s->direct, versions[p->version].block};
         if (s == first) {
             t.from_channel = s->in_height * s->in_width;
             t.from_image = channels_in(s) * t.from_channel;
@@ -224,19 +263,20 @@ static void run_band(const struct plan *p, struct team *team, long image, long i
         for (long channel = 0; channel < s->inputs; channel++)
             for (long y = 0; y < s->rows; y++)
                 for (long x = 0; x < s->columns; x++)
-                    *offset++ = s->plain ? (s->order ? s->order[s->outputs + channel] : channel) * t.from_channel
-                                         : (channel * phases(s) + y % s->down * s->across + x % s->across) * plane +
-                                               y / s->down * t.pitch + x / s->across;
-        if (!s->plain)
+                    *offset++ = s->direct ? (s->order ? s->order[s->outputs + channel] : channel) * t.from_channel +
+                                                y * s->in_width + x
+                                          : (channel * phases(s) + y % s->down * s->across + x % s->across) * plane +
+                                                y / s->down * t.pitch + x / s->across;
+        if (!s->direct)
             team_run(team, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
-        const long depth = s->inputs * s->rows * s->columns, deepest = depth < DEPTH ? depth + !depth : DEPTH;
-        const long most = DEPTH * WIDTH / deepest;
-        const long all = images * t.positions, widest = (most < WIDEST ? most : WIDEST) / GRAIN * GRAIN;
-        const long fewest = parts_of(all, widest) * GRAIN;
-        t.wide = parts_of(all, fewest) * GRAIN; /* parts of one size */
-        const long parts = parts_of(all, t.wide), wanted = (2 * team->threads - 1) / parts + 1;
-        const long worth = 1 + s->outputs * depth / (1 << 14);
+        const long depth = s->inputs * s->rows * s->columns, all = images * t.positions;
+        const long shared = team->threads > 1 ? 2 * team->threads : 1, few = parts_of(all, WIDEST);
+        const long more = shared < all / FEWEST ? shared : all / FEWEST;
+        t.wide = parts_of(parts_of(all, few > more ? few : more), GRAIN) * GRAIN; /* parts of one size */
+        const long parts = parts_of(all, t.wide), worth = 1 + s->outputs * depth / (1 << 14);
+        const long wanted = parts_of(shared, parts), tall = parts_of(s->outputs, TALLEST);
         t.chunks = wanted < worth ? wanted : worth;
+        t.chunks = t.chunks > tall ? t.chunks : tall;
         team_run(team, some_blocks, &t, parts * t.chunks, 1);
     }
 }
@@ -321,8 +361,9 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
     for (int k = 0; k < count; k++, numbers += 9) {
         const long *n = numbers;
         int plain = n[1] == 1 && n[2] == 1 && n[3] == 1 && n[4] == 1 && n[7] == height && n[8] == width;
-        stages[k] = (struct stage){weights[k], channels, n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8],
-                                   height,     width,    plain, k ? NULL : order, NULL};
+        int direct = n[1] <= SPAN && n[2] <= SPAN && n[3] == 1 && n[4] == 1;
+        stages[k] = (struct stage){weights[k], channels, n[0],  n[1],   n[2],             n[3], n[4], n[5], n[6], n[7], n[8],
+                                   height,     width,    plain, direct, k ? NULL : order, NULL};
         if ((k == 0 && order && !plain) || (k == count - 1 && stacked && !plain))
             return NO_SUCH_VERSION;
         taps = channels * n[1] * n[2] > taps ? channels * n[1] * n[2] : taps;
@@ -355,7 +396,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
         together = some ? some : together;
         slots = some ? threads : 1;
     }
-    laid = (laid * together + 15) / 16 * 16;
+    laid = (laid * together + 31) / 16 * 16; /* and a vector behind it, which may be read */
     long values = (value * together + 15) / 16 * 16, size = (laid + 2 * values) * (long)sizeof(float);
     const long apart = (size + taps * (long)sizeof(long) + 63) / 64 * 64;
     float *scratch = aligned_alloc(64, (size_t)(apart * slots));
@@ -365,7 +406,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
     }
     atomic_int taken[SLOTS] = {0};
     struct plan plan = {stages, count, version, x, bias, y, scratch, {scratch + laid, scratch + laid + values},
-                        (long *)(void *)(scratch + laid + 2 * values), value, images, together, rows, apart, slots, taken};
+                        (long *)(void *)(scratch + laid + 2 * values), images, together, rows, apart, slots, taken};
     team_call(threads, threads, all_bands, &plan);
     free(scratch);
     free(places);
@@ -375,6 +416,17 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
 #else /* one version */
 
 #define VEC NAMED(vec, VERSION)
+
+INLINE TARGET void NAMED(store_part, VERSION)(float *p, VEC v, long n) {
+#if LANES == 16
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+#elif LANES == 8
+    static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    _mm256_maskstore_ps(p, _mm256_loadu_si256((const __m256i *)(ones + 8 - n)), (__m256)v);
+#else
+    memcpy(p, &v, (size_t)n * sizeof(float));
+#endif
+}
 
 /* Lay out channel after channel, all images: zeros where the input has no entry. */
 static TARGET void NAMED(lay_out, VERSION)(void *context, long start, long stop) {
@@ -411,32 +463,59 @@ static TARGET void NAMED(lay_out, VERSION)(void *context, long start, long stop)
     }
 }
 
-INLINE TARGET void NAMED(store_part, VERSION)(float *p, VEC v, long n) {
+/* The numbers at p whose bit is set, zeros elsewhere. */
+INLINE TARGET VEC NAMED(met, VERSION)(const float *p, unsigned mask) {
 #if LANES == 16
-    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+    return (VEC)_mm512_maskz_loadu_ps((__mmask16)mask, p);
 #elif LANES == 8
-    static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-    _mm256_maskstore_ps(p, _mm256_loadu_si256((const __m256i *)(ones + 8 - n)), (__m256)v);
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)mask), bit);
+    return (VEC)_mm256_maskload_ps(p, _mm256_cmpeq_epi32(set, bit));
 #else
-    memcpy(p, &v, (size_t)n * sizeof(float));
+    VEC v = {0};
+    for (int l = 0; l < LANES; l++)
+        if (mask >> l & 1)
+            v[l] = p[l];
+    return v;
 #endif
 }
 
-/* The columns of a panel's positions for the inputs and taps [k, k + depth). */
+/* Rows of a panel, the columns of `count` pieces. `masks`: of each tap and piece, or NULL; the first row is for `tap`. */
+INLINE TARGET void NAMED(gather, VERSION)(const struct piece *pieces, long count, const long *offsets, long depth,
+                                          float *panel, const uint16_t (*masks)[2 * LANES], long tap, long taps,
+                                          long ahead) {
+    for (long d = 0; d < depth; d++, panel += 2 * LANES) {
+        for (long j = 0; j < count; j++) {
+            const float *from = pieces[j].from + offsets[d];
+            if (ahead)
+                __builtin_prefetch((const char *)((uintptr_t)(from + ahead)), 0, 3);
+            *(VEC *)(panel + pieces[j].at) = masks ? NAMED(met, VERSION)(from, masks[tap][j]) : *(const VEC *)from;
+        }
+        if (masks)
+            tap = tap + 1 < taps ? tap + 1 : 0;
+    }
+}
+
+/* The columns of a panel's positions for the inputs and taps [k, k + depth). What a short piece brings too much, the next
+   one or the next row covers. */
 static TARGET void NAMED(columns, VERSION)(const struct task *t, const struct piece *pieces, long count, long k,
                                            long depth, float *panel) {
-    const long *offsets = t->offsets + k;
-    for (long j = 0; j < count; j++) {
-        const float *from = pieces[j].from;
-        float *to = panel + pieces[j].at;
-        const long length = pieces[j].length;
-        if (length == LANES)
-            for (long d = 0; d < depth; d++)
-                *(VEC *)(to + d * 2 * LANES) = *(const VEC *)(from + offsets[d]);
-        else
-            for (long d = 0; d < depth; d++)
-                NAMED(store_part, VERSION)(to + d * 2 * LANES, NAMED(part, VERSION)(from + offsets[d], length), length);
-    }
+    const struct stage *s = t->stage;
+    const long *offsets = t->offsets + k, taps = s->rows * s->columns, ahead = t->fetched ? DEEP / depth * 2 * LANES : 0;
+    uint16_t masks[SPAN * SPAN][2 * LANES];
+    unsigned all = (1u << LANES) - 1;
+    if (s->direct)
+        for (long j = 0; j < count; j++)
+            for (long y = 0; y < s->rows; y++)
+                for (long x = 0; x < s->columns; x++)
+                    all &= masks[y * s->columns + x][j] = pieces[j].down[y] & pieces[j].across[x];
+    const uint16_t(*const needed)[2 * LANES] = all == (1u << LANES) - 1 ? NULL : masks;
+    if (count != 2)
+        NAMED(gather, VERSION)(pieces, count, offsets, depth, panel, needed, k % taps, taps, 0);
+    else if (needed)
+        NAMED(gather, VERSION)(pieces, 2, offsets, depth, panel, masks, k % taps, taps, ahead);
+    else
+        NAMED(gather, VERSION)(pieces, 2, offsets, depth, panel, NULL, 0, taps, ahead);
 }
 
 /* The sums of a tile, outputs from `output` and `count` positions from q, to their places. `begun`: these have those of
@@ -445,7 +524,7 @@ static TARGET void NAMED(put, VERSION)(const struct task *t, const float *sums, 
                                        long count, int begun) {
     while (count > 0) {
         const long image = q / t->positions, place = q % t->positions;
-        const long length = t->positions - place < count ? t->positions - place : count;
+        const long run = t->to_image == t->positions ? count : t->positions - place, length = run < count ? run : count;
         for (int s = 0; s < high; s++) {
             const long channel = t->stage->places ? t->stage->places[t->stage->inputs + output + s] : output + s;
             const float *sum = sums + s * 2 * LANES, bias = t->bias ? t->bias[channel] : 0;
@@ -457,8 +536,12 @@ static TARGET void NAMED(put, VERSION)(const struct task *t, const float *sums, 
                     more = *(const VEC *)(y + x);
                 *(VEC *)(y + x) = *(const VEC *)(sum + x) + more;
             }
-            for (; x < length; x++)
-                y[x] = sum[x] + (begun ? y[x] : bias);
+            if (x < length) {
+                VEC more = (VEC){0} + bias;
+                if (begun)
+                    more = NAMED(part, VERSION)(y + x, length - x);
+                NAMED(store_part, VERSION)(y + x, NAMED(part, VERSION)(sum + x, length - x) + more, length - x);
+            }
         }
         q += length;
         sums += length;
@@ -485,46 +568,50 @@ static TARGET void NAMED(pass_by, VERSION)(const struct task *t, long output, lo
 /* Outputs from `output` at positions [start, stop), at most `wide` of them. */
 static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long outputs, long start, long stop) {
     enum { PANEL = 2 * LANES };
-    float packed[DEPTH * WIDTH + LANES] __attribute__((aligned(64))), rows[HIGH * ROW] __attribute__((aligned(64)));
-    float sums[HIGH * PANEL] __attribute__((aligned(64)));
+    float packed[DEEP * PANEL + LANES] __attribute__((aligned(64)));
+    float rows[TALLEST * ROW] __attribute__((aligned(64))), sums[HIGH * PANEL] __attribute__((aligned(64)));
     struct piece pieces[WIDEST];
     long firsts[WIDEST / PANEL + 1] = {0};
-    const long depth = t->stage->inputs * t->stage->rows * t->stage->columns, tiles = (outputs + HIGH - 1) / HIGH;
-    const long panels = (stop - start + PANEL - 1) / PANEL, deepest = depth < DEPTH ? depth : DEPTH;
+    const long depth = t->stage->inputs * t->stage->rows * t->stage->columns, tiles = parts_of(outputs, HIGH);
+    const long panels = parts_of(stop - start, PANEL);
     for (long j = 0; j < panels; j++) {
         const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
         firsts[j + 1] = firsts[j] + pieces_of(t, q, count, LANES, pieces + firsts[j]);
         if (t->stage->order)
             NAMED(pass_by, VERSION)(t, output, outputs, pieces + firsts[j], firsts[j + 1] - firsts[j], q);
     }
-    if ((stop - start) % LANES) /* what is behind the last position is multiplied too */
-        memset(packed + (panels - 1) * deepest * PANEL, 0, (size_t)deepest * PANEL * sizeof(float));
-    for (long k = 0; k < depth; k += DEPTH) {
-        const long some = depth - k < DEPTH ? depth - k : DEPTH;
-        for (long j = 0; j < panels; j++)
-            NAMED(columns, VERSION)(t, pieces + firsts[j], firsts[j + 1] - firsts[j], k, some,
-                                    packed + j * deepest * PANEL);
-        for (long tile = 0; tile < tiles; tile++) {
-            const long b = output + outputs * tile / tiles;
-            const int high = (int)(output + outputs * (tile + 1) / tiles - b);
-            const float *w = t->stage->weight + b * depth + k, *bias = t->bias ? t->bias + b : NULL;
-            const int begun = k > 0 || t->stage->order;
-            for (int s = 0; s < high; s++)
-                memcpy(rows + s * ROW, w + s * depth, (size_t)some * sizeof(float));
-            w += tile + 1 < tiles ? high * depth : some - (outputs - high) * depth; /* those of the tile that comes next */
-            for (int s = 0; s < high; s++)
-                for (long at = 0; at < some; at += 16)
-                    __builtin_prefetch((const char *)((uintptr_t)(w + s * depth + at)), 0, 2);
-            for (long j = 0; j < panels; j++) {
-                const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
-                const long image = q / t->positions, place = q % t->positions;
-                const float *panel = packed + j * deepest * PANEL;
-                if (count % LANES == 0 && place + count <= t->positions && !t->stage->places) {
-                    float *to = t->to + image * t->to_image + b * t->to_channel + place;
-                    NAMED(high_tiles, VERSION)[high](panel, rows, some, to, t->to_channel, begun, bias, count);
-                } else {
-                    NAMED(high_tiles, VERSION)[high](panel, rows, some, sums, PANEL, 0, NULL, count);
-                    NAMED(put, VERSION)(t, sums, b, high, q, count, begun);
+    memset(packed, 0, sizeof packed); /* what is behind the last position is multiplied too */
+    for (long k = 0; k < depth; k += DEEP) {
+        const long some = depth - k < DEEP ? depth - k : DEEP;
+        const int begun = k > 0 || t->stage->order;
+        for (long o = 0; o < outputs; o++) {
+            const float *w = t->stage->weight + (output + o) * depth + k;
+            long d = 0;
+            for (; d + LANES <= some; d += LANES)
+                *(VEC *)(rows + o * ROW + d) = *(const VEC *)(w + d);
+            for (; d < some; d++)
+                rows[o * ROW + d] = w[d];
+        }
+        for (long from = 0, to; from < panels; from = to) {
+            to = from + DEEP / some < panels ? from + DEEP / some : panels;
+            for (long j = from; j < to; j++)
+                NAMED(columns, VERSION)(t, pieces + firsts[j], firsts[j + 1] - firsts[j], k, some,
+                                        packed + (j - from) * some * PANEL);
+            for (long tile = 0; tile < tiles; tile++) {
+                const long first = outputs * tile / tiles, b = output + first;
+                const int high = (int)(outputs * (tile + 1) / tiles - first);
+                const float *bias = t->bias ? t->bias + b : NULL, *panel = packed;
+                for (long j = from; j < to; j++, panel += some * PANEL) {
+                    const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
+                    const long image = q / t->positions, place = q % t->positions;
+                    if (count % LANES == 0 && !t->stage->places &&
+                        (place + count <= t->positions || t->to_image == t->positions)) {
+                        float *y = t->to + image * t->to_image + b * t->to_channel + place;
+                        NAMED(high_tiles, VERSION)[high](panel, rows + first * ROW, some, y, t->to_channel, begun, bias, count);
+                    } else {
+                        NAMED(high_tiles, VERSION)[high](panel, rows + first * ROW, some, sums, PANEL, 0, NULL, count);
+                        NAMED(put, VERSION)(t, sums, b, high, q, count, begun);
+                    }
                 }
             }
         }
