@@ -3,10 +3,13 @@
        b i p q, o i p q -> b o        each with its own window, stride and zeros around it; the bias is the last one's
 
    Each is a product of the weight as it is stored, outputs x (inputs, taps), with the entries that the taps meet as
-   columns, one for each position of the output, of all images in a row. A window's input is first laid out with its zeros,
-   one plane for each phase of the stride; then what a tap meets along a row of the output lies in a row. The columns of
-   WIDTH positions are packed, for DEPTH inputs and taps at a time, in panels of two vectors, and the tiles of many_rows.c
-   multiply rows of the weight with them.
+   columns, one for each position of the output, of all images in a row. The columns of two vectors of positions are copied
+   to a panel, for DEEP inputs and taps at a time, and the tiles of many_rows.c multiply rows of the weight with it while it
+   is in the first-level cache. A direct stage, whose window is small and steps by one or two, is read where its input lies,
+   with zeros for what a window meets outside. Where it steps by one and keeps the size, the positions of all rows are one
+   row, of which each vector is full. For other windows the input is first laid out with its zeros, one plane for each
+   phase of the stride; then what a tap meets along a row of the output lies in a row. Between stages the images of a
+   channel lie side by side.
 
    The first one, if 1 x 1, may be behind a gather of the channels, h = x[order[:r]] + x[order[r:]] first', and to the last
    one, 1 x 1, what it reads may be put on top (stacked), perhaps before a gather, y = [h, h last'][place] + bias: as in
@@ -15,8 +18,7 @@
 
    Several images, or some rows of one, a band, go through all stages at a time, so that what lies between stages stays in
    the second-level cache. Threads take bands of their own where these can be dealt out evenly; else they share each stage
-   of a band. This file includes itself once for each instruction set, as two_products.c does, whose
-   names it uses.
+   of a band. This file includes itself once for each instruction set, as two_products.c does, whose names it uses.
 */
 #ifndef LANES
 
@@ -34,8 +36,8 @@ enum {
 };
 
 /* One convolution. `plain`: 1 x 1, each position of the input is one of the output. `direct`: its columns are read where
-   the input lies, which is not laid out. `order`: of the channels of the input,
-   the first `outputs` of which are added to the product; else NULL. `places`: where the output has its channels, those of
+   the input lies, which is not laid out. `order`: of the channels of the input, the first `outputs` of which are added to
+   the product; else NULL. `places`: where the output has its channels, those of
    the input on top, then those of the product; else NULL. */
 struct stage {
     const float *weight;
@@ -64,11 +66,11 @@ struct task {
     const float *from;              /* the input */
     float *laid, *to;               /* the input laid out, the output */
     const float *bias;
-    const long *offsets;            /* of each input and tap, in laid, or in from where plain */
+    const long *offsets;            /* of each input and tap, in laid, or in from where direct */
     long images, from_image, from_channel, laid_image, to_image, to_channel;
     long pitch, plane_rows, positions; /* of laid: numbers in a row, rows of a plane; of the output of one image */
     long wide, chunks;                 /* positions of a part, and parts of the outputs */
-    int fetched;                       /* whether columns are fetched ahead: those of the input */
+    int fetched;                       /* whether columns are fetched ahead: the input's, which may not be in cache */
     void (*block)(const struct task *, long output, long outputs, long start, long stop);
 };
 
@@ -89,13 +91,15 @@ static void meet(const struct task *t, long place, struct piece *piece) {
     memset(piece->down, 0, sizeof piece->down);
     memset(piece->across, 0, sizeof piece->across);
     for (long l = 0, length; l < piece->length; l += length, place += length) {
-        const long x = place % s->width, row = place / s->width % height + t->out.start - s->top;
+        const long x = place % s->width, row = (place / s->width % height + t->out.start) * s->down - s->top;
         length = s->width - x < piece->length - l ? s->width - x : piece->length - l;
         for (long y = 0; y < s->rows; y++)
             if (row + y >= t->in.start && row + y < t->in.stop)
                 piece->down[y] |= (uint16_t)bits(l, l + length);
         for (long q = 0; q < s->columns; q++) {
-            const long first = s->left - q - x, behind = s->in_width + s->left - q - x;
+            const long before = s->left - q, there = s->in_width + before; /* numbers from the first one that is met */
+            const long first = before > 0 ? parts_of(before, s->across) - x : 0;
+            const long behind = there > 0 ? parts_of(there, s->across) - x : 0;
             piece->across[q] |= (uint16_t)bits(l + (first > 0 ? first : 0), l + (behind < length ? behind : length));
         }
     }
@@ -104,18 +108,21 @@ static void meet(const struct task *t, long place, struct piece *piece) {
 /* The pieces of `count` positions from q, counted over all images, each of at most `longest`. */
 static long pieces_of(const struct task *t, long q, long count, long longest, struct piece *pieces) {
     const struct stage *s = t->stage;
-    const long through = s->direct && t->from_image == t->positions ? t->images * t->positions : t->positions;
-    const long row = t->pitch == s->width ? through : s->width;
+    const long down = s->direct ? s->down : 1, across = s->direct ? s->across : 1;
+    const int flat = t->pitch == s->width && down == 1 && across == 1;
+    const long through = flat && s->direct && t->from_image == t->positions ? t->images * t->positions : t->positions;
+    const long row = flat ? through : s->width;
     const float *from = t->laid;
     if (s->direct)
-        from = t->from + (t->out.start - s->top - t->in.start) * s->in_width - s->left;
+        from = t->from + (t->out.start * s->down - s->top - t->in.start) * s->in_width - s->left;
     long found = 0;
     for (long at = 0; at < count; found++) {
         const long image = (q + at) / through, place = (q + at) % through;
         long length = row - place % row < count - at ? row - place % row : count - at;
         length = length < longest ? length : longest;
         const float *base = from + image * (s->direct ? t->from_image : t->laid_image);
-        pieces[found] = (struct piece){base + place / s->width * t->pitch + place % s->width, at, length, {0}, {0}};
+        base += place / s->width * down * t->pitch + place % s->width * across;
+        pieces[found] = (struct piece){base, at, length, {0}, {0}};
         if (s->direct)
             meet(t, place, pieces + found);
         at += length;
@@ -361,7 +368,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
     for (int k = 0; k < count; k++, numbers += 9) {
         const long *n = numbers;
         int plain = n[1] == 1 && n[2] == 1 && n[3] == 1 && n[4] == 1 && n[7] == height && n[8] == width;
-        int direct = n[1] <= SPAN && n[2] <= SPAN && n[3] == 1 && n[4] == 1;
+        int direct = n[1] <= SPAN && n[2] <= SPAN && n[4] <= 2;
         stages[k] = (struct stage){weights[k], channels, n[0],  n[1],   n[2],             n[3], n[4], n[5], n[6], n[7], n[8],
                                    height,     width,    plain, direct, k ? NULL : order, NULL};
         if ((k == 0 && order && !plain) || (k == count - 1 && stacked && !plain))
@@ -480,16 +487,45 @@ INLINE TARGET VEC NAMED(met, VERSION)(const float *p, unsigned mask) {
 #endif
 }
 
+/* The numbers at p, p + 2, p + 4 and so on whose bit is set, zeros elsewhere. */
+INLINE TARGET VEC NAMED(met_by_two, VERSION)(const float *p, unsigned mask) {
+#if LANES > 4
+    mask = (mask | mask << 8) & 0xff00ff;
+    mask = (mask | mask << 4) & 0xf0f0f0f;
+    mask = (mask | mask << 2) & 0x33333333;
+    mask = (mask | mask << 1) & 0x55555555;
+    const VEC one = NAMED(met, VERSION)(p, mask & ((1u << LANES) - 1));
+    const VEC two = NAMED(met, VERSION)(p + LANES, mask >> LANES);
+#endif
+#if LANES == 16
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return (VEC)_mm512_permutex2var_ps((__m512)one, even, (__m512)two);
+#elif LANES == 8
+    const __m256 mixed = _mm256_shuffle_ps((__m256)one, (__m256)two, 0x88);
+    return (VEC)_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+#else
+    VEC v = {0};
+    for (int l = 0; l < LANES; l++)
+        if (mask >> l & 1)
+            v[l] = p[2 * l];
+    return v;
+#endif
+}
+
 /* Rows of a panel, the columns of `count` pieces. `masks`: of each tap and piece, or NULL; the first row is for `tap`. */
 INLINE TARGET void NAMED(gather, VERSION)(const struct piece *pieces, long count, const long *offsets, long depth,
                                           float *panel, const uint16_t (*masks)[2 * LANES], long tap, long taps,
-                                          long ahead) {
+                                          long across, long ahead) {
     for (long d = 0; d < depth; d++, panel += 2 * LANES) {
         for (long j = 0; j < count; j++) {
             const float *from = pieces[j].from + offsets[d];
             if (ahead)
                 __builtin_prefetch((const char *)((uintptr_t)(from + ahead)), 0, 3);
-            *(VEC *)(panel + pieces[j].at) = masks ? NAMED(met, VERSION)(from, masks[tap][j]) : *(const VEC *)from;
+            VEC *to = (VEC *)(panel + pieces[j].at);
+            if (across == 2)
+                *to = NAMED(met_by_two, VERSION)(from, masks[tap][j]);
+            else
+                *to = masks ? NAMED(met, VERSION)(from, masks[tap][j]) : *(const VEC *)from;
         }
         if (masks)
             tap = tap + 1 < taps ? tap + 1 : 0;
@@ -510,12 +546,14 @@ static TARGET void NAMED(columns, VERSION)(const struct task *t, const struct pi
                 for (long x = 0; x < s->columns; x++)
                     all &= masks[y * s->columns + x][j] = pieces[j].down[y] & pieces[j].across[x];
     const uint16_t(*const needed)[2 * LANES] = all == (1u << LANES) - 1 ? NULL : masks;
-    if (count != 2)
-        NAMED(gather, VERSION)(pieces, count, offsets, depth, panel, needed, k % taps, taps, 0);
+    if (s->direct && s->across == 2)
+        NAMED(gather, VERSION)(pieces, count, offsets, depth, panel, masks, k % taps, taps, 2, ahead);
+    else if (count != 2)
+        NAMED(gather, VERSION)(pieces, count, offsets, depth, panel, needed, k % taps, taps, 1, 0);
     else if (needed)
-        NAMED(gather, VERSION)(pieces, 2, offsets, depth, panel, masks, k % taps, taps, ahead);
+        NAMED(gather, VERSION)(pieces, 2, offsets, depth, panel, masks, k % taps, taps, 1, ahead);
     else
-        NAMED(gather, VERSION)(pieces, 2, offsets, depth, panel, NULL, 0, taps, ahead);
+        NAMED(gather, VERSION)(pieces, 2, offsets, depth, panel, NULL, 0, taps, 1, ahead);
 }
 
 /* The sums of a tile, outputs from `output` and `count` positions from q, to their places. `begun`: these have those of

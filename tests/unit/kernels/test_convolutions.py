@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -57,6 +59,16 @@ CHAINS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Windows]] = {
     "bands with a stride": ((1, 40, 91, 80), (40, 24, 30), (slides(3, 3), slides(3, 3, (2, 2)), ONE)),
     "deep, small images": ((7, 70, 3, 3), (130, 40), (slides(3, 3), ONE)),
     "images of 4 and one output": ((9, 300, 2, 2), (1, 35), (ONE, slides(2, 2, (2, 2), (0, 0, 0, 0)))),
+    "as many positions in another shape": ((5, 4, 4, 9), (8, 6, 5), (ONE, slides(1, 4, (1, 1), (1, 1, 0, 0)), ONE)),
+    "fewer columns, more rows": ((5, 1, 4, 9), (8,), (slides(1, 4, (1, 1), (1, 1, 0, 0)),)),
+    "by two": ((4, 20, 14, 14), (24, 33), (slides(3, 3, (2, 2)), ONE)),
+    "by two along rows": ((3, 6, 15, 13), (9, 8), (ONE, slides(2, 5, (1, 2)))),
+    "by two down": ((3, 6, 15, 40), (9, 8), (ONE, slides(3, 3, (2, 1)))),
+    "by two, all in the zeros": ((1, 3, 3, 2), (4, 5), (ONE, slides(2, 2, (2, 2), (4, 4, 5, 5)))),
+    "by three": ((2, 5, 20, 23), (9, 7), (slides(3, 3, (3, 3)), ONE)),
+    "a large window": ((2, 3, 35, 35), (16, 8), (slides(11, 11, (4, 4), (2, 2, 2, 2)), ONE)),
+    "patches": ((2, 3, 32, 48), (40, 8), (slides(16, 16, (16, 16), (0, 0, 0, 0)), ONE)),
+    "many outputs": ((2, 40, 9, 9), (400, 8), (slides(3, 3), ONE)),
     "rows longer than a band": ((1, 3, 4, 9000), (8, 8, 3), (slides(3, 3), slides(3, 3), slides(1, 3))),
 }
 
@@ -96,6 +108,25 @@ def test_results_are_as_good_as_torchs(name: str, bias: bool, version: int) -> N
     )
     assert run(*given, version=version).shape == right.shape
     assert ours <= 2 * theirs + 2**-24
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mprotect"), reason="memory cannot be guarded here")
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("window", [1, 3, 9])
+def test_nothing_is_read_outside_the_input(stride: int, window: int, version: int) -> None:
+    page = mmap.PAGESIZE
+    shape, windows = (2, 5, 11, 13), (slides(window, window, (stride, stride)), ONE)
+    x, weights = torch.randn(shape), [torch.randn(7, 5, *[window] * 2 * (window > 1)), torch.randn(4, 7)]
+    bytes_ = 4 * x.numel()
+    pages = -(-bytes_ // page)
+    guarded = mmap.mmap(-1, (pages + 2) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(guarded))
+    for at in (start, start + (pages + 1) * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(at), ctypes.c_size_t(page), 0) == 0
+    for at in (page, (pages + 1) * page - bytes_):  # right behind a page without access, and right before one
+        held = torch.frombuffer(guarded, dtype=torch.float32, count=x.numel(), offset=at).view(shape).copy_(x)
+        found = run(held, *weights, None, windows, version=version)
+        assert torch.allclose(found, reference(x, *weights, None, windows), atol=1e-4)
 
 
 PIVOTED: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int, Windows]] = {
