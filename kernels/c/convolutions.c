@@ -25,10 +25,11 @@
 enum {
     STAGES = 4,     /* at most */
     SLOTS = 64,     /* threads that take bands of their own, at most */
-    SHORTEST = 12,  /* rows of a band that are few because of them, at least: those at its edges are made twice */
+    SHORTEST = 6,   /* rows of a band that are few because of them, at least: those at its edges are made twice */
+    LIGHT = 1 << 18, /* weights that each of them may as well copy by itself; else twice as many rows */
     WIDEST = 1024,  /* positions of one part, at most */
-    GRAIN = 32,     /* of which they are a multiple */
-    FEWEST = 128,   /* positions of one part that are worth copying the weights */
+    GRAIN = 16,     /* of which they are a multiple */
+    FEWEST = 64,    /* positions of one part that are worth copying the weights */
     DEEP = 256,     /* inputs and taps at a time */
     TALLEST = 192,  /* outputs whose weights are copied at a time */
     SPAN = 8,       /* rows and columns of the window of a direct stage, at most */
@@ -277,13 +278,11 @@ static void run_band(const struct plan *p, struct team *team, long image, long i
         if (!s->direct)
             team_run(team, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
         const long depth = s->inputs * s->rows * s->columns, all = images * t.positions;
-        const long shared = team->threads > 1 ? 2 * team->threads : 1, few = parts_of(all, WIDEST);
-        const long more = shared < all / FEWEST ? shared : all / FEWEST;
+        const long few = parts_of(all, WIDEST), more = team->threads < all / FEWEST ? team->threads : all / FEWEST;
         t.wide = parts_of(parts_of(all, few > more ? few : more), GRAIN) * GRAIN; /* parts of one size */
         const long parts = parts_of(all, t.wide), worth = 1 + s->outputs * depth / (1 << 14);
-        const long wanted = parts_of(shared, parts), tall = parts_of(s->outputs, TALLEST);
-        t.chunks = wanted < worth ? wanted : worth;
-        t.chunks = t.chunks > tall ? t.chunks : tall;
+        const long wanted = parts_of(team->threads, parts), some = wanted < worth ? wanted : worth;
+        t.chunks = parts_of(parts_of(s->outputs, TALLEST), some) * some;
         team_run(team, some_blocks, &t, parts * t.chunks, 1);
     }
 }
@@ -358,7 +357,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
                             const int32_t *order, const int32_t *place, float *y, long images, long channels,
                             long height, long width, int count, const long *numbers, int stacked) {
     struct stage stages[STAGES];
-    long taps = 0, macs = 0;
+    long taps = 0, macs = 0, stored = 0;
     if (version < 0 || version > tdc_version() || count < 1 + !!order || count > STAGES)
         return NO_SUCH_VERSION;
     for (long k = 0; order && k < channels; k++)
@@ -374,6 +373,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
         if ((k == 0 && order && !plain) || (k == count - 1 && stacked && !plain))
             return NO_SUCH_VERSION;
         taps = channels * n[1] * n[2] > taps ? channels * n[1] * n[2] : taps;
+        stored += n[0] * channels * n[1] * n[2];
         macs += n[0] * channels * n[1] * n[2] * n[7] * n[8];
         channels = n[0], height = n[7], width = n[8];
     }
@@ -396,9 +396,9 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
     threads = macs * images < 1 << 20 ? 1 : threads;
     long slots = 1;
     if (threads > 1 && threads <= SLOTS) {
-        const long fewer = parts_of(rows, threads);
+        const long fewer = parts_of(rows, threads), shortest = stored < LIGHT ? SHORTEST : 2 * SHORTEST;
         long some = shared_out(images * parts_of(height, rows), together, threads);
-        if (!some && fewer >= SHORTEST && (some = shared_out(images * parts_of(height, fewer), 1, threads)))
+        if (!some && fewer >= shortest && (some = shared_out(images * parts_of(height, fewer), 1, threads)))
             rows = fewer, value = between(stages, count, rows, &laid);
         together = some ? some : together;
         slots = some ? threads : 1;
