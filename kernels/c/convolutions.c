@@ -282,7 +282,7 @@ static void run_band(const struct plan *p, struct team *team, long image, long i
         t.wide = parts_of(parts_of(all, few > more ? few : more), GRAIN) * GRAIN; /* parts of one size */
         const long parts = parts_of(all, t.wide), worth = 1 + s->outputs * depth / (1 << 14);
         const long wanted = parts_of(team->threads, parts), some = wanted < worth ? wanted : worth;
-        t.chunks = parts_of(parts_of(s->outputs, TALLEST), some) * some;
+        t.chunks = parts_of(parts_of(s->outputs + !s->outputs, TALLEST), some) * some;
         team_run(team, some_blocks, &t, parts * t.chunks, 1);
     }
 }
