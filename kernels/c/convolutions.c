@@ -32,6 +32,7 @@ enum {
     FEWEST = 64,    /* positions of one part that are worth copying the weights */
     DEEP = 256,     /* inputs and taps at a time */
     TALLEST = 192,  /* outputs whose weights are copied at a time */
+    PANELS = 32,    /* panels at a time, at most */
     SPAN = 8,       /* rows and columns of the window of a direct stage, at most */
     CACHE = 1 << 18 /* numbers that lie between stages at a time */
 };
@@ -71,7 +72,8 @@ struct task {
     long images, from_image, from_channel, laid_image, to_image, to_channel;
     long pitch, plane_rows, positions; /* of laid: numbers in a row, rows of a plane; of the output of one image */
     long wide, chunks;                 /* positions of a part, and parts of the outputs */
-    int fetched;                       /* whether columns are fetched ahead: the input's, which may not be in cache */
+    int near;                          /* whether columns may be multiplied where they lie */
+    int ahead;                         /* whether they are fetched ahead: the input's, which may not be in cache */
     void (*block)(const struct task *, long output, long outputs, long start, long stop);
 };
 
@@ -129,6 +131,14 @@ static long pieces_of(const struct task *t, long q, long count, long longest, st
         at += length;
     }
     return found;
+}
+
+/* Of each tap and piece which numbers meet an entry. */
+static void mask(const struct stage *s, const struct piece *pieces, long count, uint16_t *masks) {
+    for (long y = 0; y < s->rows; y++)
+        for (long x = 0; x < s->columns; x++)
+            for (long j = 0; j < count; j++)
+                *masks++ = pieces[j].down[y] & pieces[j].across[x];
 }
 
 static long phases(const struct stage *s) { return s->down * s->across; }
@@ -254,7 +264,7 @@ static void run_band(const struct plan *p, struct team *team, long image, long i
         const long entries = in_rows * s->in_width, positions = out_rows * s->width;
         struct task t = {s, spans[k], spans[k + 1], p->values[k % 2], p->laid, p->values[(k + 1) % 2], NULL, p->offsets,
                          images, entries, images * entries, 0, positions, images * positions, pitch(s),
-                         plane_rows(s, out_rows), positions, 0, 1, s == first && s->direct, versions[p->version].block};
+                         plane_rows(s, out_rows), positions, 0, 1, s->direct && s->across == 1, s == first, versions[p->version].block};
         if (s == first) {
             t.from_channel = s->in_height * s->in_width;
             t.from_image = channels_in(s) * t.from_channel;
@@ -512,48 +522,95 @@ INLINE TARGET VEC NAMED(met_by_two, VERSION)(const float *p, unsigned mask) {
 #endif
 }
 
-/* Rows of a panel, the columns of `count` pieces. `masks`: of each tap and piece, or NULL; the first row is for `tap`. */
-INLINE TARGET void NAMED(gather, VERSION)(const struct piece *pieces, long count, const long *offsets, long depth,
-                                          float *panel, const uint16_t (*masks)[2 * LANES], long tap, long taps,
-                                          long across, long ahead) {
+#if LANES == 16 /* others take masks more slowly than they copy */
+/* As high_tile() of many_rows.c, of two pieces where they lie. `masks`: of each tap and piece; the first k is of `tap`. */
+INLINE TARGET void NAMED(near_tile, VERSION)(const struct piece *pieces, const long *offsets, const uint16_t *masks, long tap,
+                                             long taps, long ahead, const float *rows, long depth, float *y, long stride,
+                                             int begun, const float *bias, int high) {
+    const float *one = pieces[0].from, *two = pieces[1].from;
+    VEC acc[HIGH][2];
+#pragma GCC unroll 16
+    for (int t = 0; t < high; t++)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) {
+            acc[t][v] = (VEC){0} + (bias ? bias[t] : 0);
+            if (begun)
+                acc[t][v] = *(const VEC *)(y + t * stride + v * LANES);
+        }
+    for (long k = 0; k < depth; k++) {
+        const long offset = offsets[k];
+        if (ahead) {
+            __builtin_prefetch((const char *)((uintptr_t)(one + offset + ahead)), 0, 3);
+            __builtin_prefetch((const char *)((uintptr_t)(two + offset + ahead)), 0, 3);
+        }
+        const VEC u[2] = {NAMED(met, VERSION)(one + offset, masks[2 * tap]),
+                          NAMED(met, VERSION)(two + offset, masks[2 * tap + 1])};
+        tap = tap + 1 < taps ? tap + 1 : 0;
+#pragma GCC unroll 16
+        for (int t = 0; t < high; t++)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; v++)
+                acc[t][v] += u[v] * rows[t * ROW + k];
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < high; t++)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; v++)
+            *(VEC *)(y + t * stride + v * LANES) = acc[t][v];
+}
+
+#define NEAR_TILE(h)                                                                                                   \
+    static TARGET __attribute__((noinline)) void NAMED(JOIN(near, h), VERSION)(                                        \
+        const struct piece *pieces, const long *offsets, const uint16_t *masks, long tap, long taps, long ahead,       \
+        const float *rows, long depth, float *y, long stride, int begun, const float *bias) {                          \
+        NAMED(near_tile, VERSION)(pieces, offsets, masks, tap, taps, ahead, rows, depth, y, stride, begun, bias, h);   \
+    }
+#define NEAR_NAME(h) NAMED(JOIN(near, h), VERSION)
+
+NEAR_TILE(1) NEAR_TILE(2) NEAR_TILE(3) NEAR_TILE(4) NEAR_TILE(5) NEAR_TILE(6)
+NEAR_TILE(7) NEAR_TILE(8) NEAR_TILE(9) NEAR_TILE(10) NEAR_TILE(11) NEAR_TILE(12)
+
+static void (*const near_tiles[])(const struct piece *, const long *, const uint16_t *, long, long, long, const float *, long,
+                                  float *, long, int, const float *) = {
+    NULL, NEAR_NAME(1), NEAR_NAME(2), NEAR_NAME(3), NEAR_NAME(4), NEAR_NAME(5), NEAR_NAME(6),
+    NEAR_NAME(7), NEAR_NAME(8), NEAR_NAME(9), NEAR_NAME(10), NEAR_NAME(11), NEAR_NAME(12),
+};
+
+#undef NEAR_TILE
+#undef NEAR_NAME
+#endif
+
+/* The columns of `count` pieces for the inputs and taps [k, k + depth), to a panel. What a short piece brings too much, the
+   next one or the next row covers. `across`: 0 where the input is laid out, else the stride. */
+INLINE TARGET void NAMED(gather, VERSION)(const struct task *t, const struct piece *pieces, long count, long k,
+                                          long depth, float *panel, const uint16_t *masks, long across) {
+    const long *offsets = t->offsets + k, taps = t->stage->rows * t->stage->columns;
+    long tap = k % taps;
     for (long d = 0; d < depth; d++, panel += 2 * LANES) {
         for (long j = 0; j < count; j++) {
             const float *from = pieces[j].from + offsets[d];
-            if (ahead)
-                __builtin_prefetch((const char *)((uintptr_t)(from + ahead)), 0, 3);
             VEC *to = (VEC *)(panel + pieces[j].at);
             if (across == 2)
-                *to = NAMED(met_by_two, VERSION)(from, masks[tap][j]);
+                *to = NAMED(met_by_two, VERSION)(from, masks[tap * count + j]);
             else
-                *to = masks ? NAMED(met, VERSION)(from, masks[tap][j]) : *(const VEC *)from;
+                *to = across ? NAMED(met, VERSION)(from, masks[tap * count + j]) : *(const VEC *)from;
         }
-        if (masks)
-            tap = tap + 1 < taps ? tap + 1 : 0;
+        tap = tap + 1 < taps ? tap + 1 : 0;
     }
 }
 
-/* The columns of a panel's positions for the inputs and taps [k, k + depth). What a short piece brings too much, the next
-   one or the next row covers. */
 static TARGET void NAMED(columns, VERSION)(const struct task *t, const struct piece *pieces, long count, long k,
                                            long depth, float *panel) {
-    const struct stage *s = t->stage;
-    const long *offsets = t->offsets + k, taps = s->rows * s->columns, ahead = t->fetched ? DEEP / depth * 2 * LANES : 0;
-    uint16_t masks[SPAN * SPAN][2 * LANES];
-    unsigned all = (1u << LANES) - 1;
-    if (s->direct)
-        for (long j = 0; j < count; j++)
-            for (long y = 0; y < s->rows; y++)
-                for (long x = 0; x < s->columns; x++)
-                    all &= masks[y * s->columns + x][j] = pieces[j].down[y] & pieces[j].across[x];
-    const uint16_t(*const needed)[2 * LANES] = all == (1u << LANES) - 1 ? NULL : masks;
-    if (s->direct && s->across == 2)
-        NAMED(gather, VERSION)(pieces, count, offsets, depth, panel, masks, k % taps, taps, 2, ahead);
-    else if (count != 2)
-        NAMED(gather, VERSION)(pieces, count, offsets, depth, panel, needed, k % taps, taps, 1, 0);
-    else if (needed)
-        NAMED(gather, VERSION)(pieces, 2, offsets, depth, panel, masks, k % taps, taps, 1, ahead);
+    uint16_t masks[SPAN * SPAN * 2 * LANES];
+    if (!t->stage->direct) {
+        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, NULL, 0);
+        return;
+    }
+    mask(t->stage, pieces, count, masks);
+    if (t->stage->across == 2)
+        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, masks, 2);
     else
-        NAMED(gather, VERSION)(pieces, 2, offsets, depth, panel, NULL, 0, taps, 1, ahead);
+        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, masks, 1);
 }
 
 /* The sums of a tile, outputs from `output` and `count` positions from q, to their places. `begun`: these have those of
@@ -610,7 +667,9 @@ static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long
     float rows[TALLEST * ROW] __attribute__((aligned(64))), sums[HIGH * PANEL] __attribute__((aligned(64)));
     struct piece pieces[WIDEST];
     long firsts[WIDEST / PANEL + 1] = {0};
-    const long depth = t->stage->inputs * t->stage->rows * t->stage->columns, tiles = parts_of(outputs, HIGH);
+    uint16_t masks[PANELS][SPAN * SPAN * 2];
+    int near[PANELS];
+    const long taps = t->stage->rows * t->stage->columns, depth = t->stage->inputs * taps, tiles = parts_of(outputs, HIGH);
     const long panels = parts_of(stop - start, PANEL);
     for (long j = 0; j < panels; j++) {
         const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
@@ -631,25 +690,39 @@ static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long
                 rows[o * ROW + d] = w[d];
         }
         for (long from = 0, to; from < panels; from = to) {
-            to = from + DEEP / some < panels ? from + DEEP / some : panels;
-            for (long j = from; j < to; j++)
-                NAMED(columns, VERSION)(t, pieces + firsts[j], firsts[j + 1] - firsts[j], k, some,
-                                        packed + (j - from) * some * PANEL);
+            to = from + (DEEP / some < PANELS ? DEEP / some : PANELS);
+            to = to < panels ? to : panels;
+            for (long j = from; j < to; j++) {
+                const struct piece *own = pieces + firsts[j];
+                near[j - from] = LANES == 16 && t->near && firsts[j + 1] - firsts[j] == 2 && own[1].at == LANES;
+                if (near[j - from])
+                    mask(t->stage, own, 2, masks[j - from]);
+                else
+                    NAMED(columns, VERSION)(t, own, firsts[j + 1] - firsts[j], k, some, packed + (j - from) * some * PANEL);
+            }
             for (long tile = 0; tile < tiles; tile++) {
                 const long first = outputs * tile / tiles, b = output + first;
                 const int high = (int)(outputs * (tile + 1) / tiles - first);
-                const float *bias = t->bias ? t->bias + b : NULL, *panel = packed;
-                for (long j = from; j < to; j++, panel += some * PANEL) {
+                const float *some_rows = rows + first * ROW;
+                for (long j = from; j < to; j++) {
                     const long q = start + j * PANEL, count = stop - q < PANEL ? stop - q : PANEL;
                     const long image = q / t->positions, place = q % t->positions;
-                    if (count % LANES == 0 && !t->stage->places &&
-                        (place + count <= t->positions || t->to_image == t->positions)) {
-                        float *y = t->to + image * t->to_image + b * t->to_channel + place;
-                        NAMED(high_tiles, VERSION)[high](panel, rows + first * ROW, some, y, t->to_channel, begun, bias, count);
-                    } else {
-                        NAMED(high_tiles, VERSION)[high](panel, rows + first * ROW, some, sums, PANEL, 0, NULL, count);
+                    const int straight = count % LANES == 0 && !t->stage->places &&
+                                         (place + count <= t->positions || t->to_image == t->positions);
+                    float *y = straight ? t->to + image * t->to_image + b * t->to_channel + place : sums;
+                    const float *bias = straight && t->bias ? t->bias + b : NULL;
+                    const long stride = straight ? t->to_channel : PANEL;
+#if LANES == 16
+                    if (near[j - from])
+                        near_tiles[high](pieces + firsts[j], t->offsets + k, masks[j - from], k % taps, taps,
+                                         tile ? 0 : t->ahead * (to - from) * PANEL, some_rows, some, y, stride,
+                                         straight && begun, bias);
+                    else
+#endif
+                        NAMED(high_tiles, VERSION)[high](packed + (j - from) * some * PANEL, some_rows, some, y, stride,
+                                                         straight && begun, bias, count);
+                    if (!straight)
                         NAMED(put, VERSION)(t, sums, b, high, q, count, begun);
-                    }
                 }
             }
         }
