@@ -102,8 +102,12 @@ def new_unit(
     if known is not None and not isinstance(known, Statistics):
         raise OptionError(f"statistics= takes what tdc.calibrate returns, or a path; got {type(known).__name__}")
     mix = () if workload is None else _workload(program, options, workload)
-    if is_timed(options) and calibration is None and not mix and isinstance(reason := program.stopwatch(()), str):
-        raise BudgetError(f"the budget {Budget.parse(options.budget)} names time: {reason}")
+    if is_timed(options) and not mix and isinstance(reason := program.stopwatch(()), str):
+        if calibration is None:
+            raise BudgetError(f"the budget {Budget.parse(options.budget)} names time: {reason}")
+        first, calibration = peeked(None, calibration)
+        if known is not None and first is not None:  # else the first batch that calibration sees
+            mix = ((next(iter(program.batches([first]))), 1.0),)
     return Unit(program, targets.get(options.target), options, calibration, probe, known, workload=mix)
 
 
@@ -142,7 +146,7 @@ def in_time(unit: Unit, times: Callable[[Any], tuple[float, float]]) -> Unit:
 def told_times(unit: Unit, times: Callable[[Any], tuple[float, float]]) -> str:
     each = [(weight, *times(batch)) for batch, weight in unit.workload or ((None, 1.0),)]
     old, new = (sum(entry[0] * entry[k] for entry in each) for k in (1, 2))
-    what = f"the workload of {len(each)} examples" if unit.workload else "the example"
+    what = f"the workload of {len(each)} examples" if len(each) > 1 else "the example"
     return f"{what} takes {new / old:.3g} of the dense time: {1e3 * old:.3g} -> {1e3 * new:.3g} ms"
 
 
