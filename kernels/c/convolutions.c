@@ -583,13 +583,15 @@ static void (*const near_tiles[])(const struct piece *, const long *, const uint
 /* The columns of `count` pieces for the inputs and taps [k, k + depth), to a panel. What a short piece brings too much, the
    next one or the next row covers. `across`: 0 where the input is laid out, else the stride. */
 INLINE TARGET void NAMED(gather, VERSION)(const struct task *t, const struct piece *pieces, long count, long k,
-                                          long depth, float *panel, const uint16_t *masks, long across) {
+                                          long depth, float *panel, const uint16_t *masks, long across, long ahead) {
     const long *offsets = t->offsets + k, taps = t->stage->rows * t->stage->columns;
     long tap = k % taps;
     for (long d = 0; d < depth; d++, panel += 2 * LANES) {
         for (long j = 0; j < count; j++) {
             const float *from = pieces[j].from + offsets[d];
             VEC *to = (VEC *)(panel + pieces[j].at);
+            if (ahead)
+                __builtin_prefetch((const char *)((uintptr_t)(from + ahead)), 0, 3);
             if (across == 2)
                 *to = NAMED(met_by_two, VERSION)(from, masks[tap * count + j]);
             else
@@ -603,14 +605,15 @@ static TARGET void NAMED(columns, VERSION)(const struct task *t, const struct pi
                                            long depth, float *panel) {
     uint16_t masks[SPAN * SPAN * 2 * LANES];
     if (!t->stage->direct) {
-        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, NULL, 0);
+        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, NULL, 0, 0);
         return;
     }
     mask(t->stage, pieces, count, masks);
+    const long ahead = t->ahead * t->stage->down * t->stage->across * 2 * LANES;
     if (t->stage->across == 2)
-        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, masks, 2);
+        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, masks, 2, ahead);
     else
-        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, masks, 1);
+        NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, masks, 1, ahead);
 }
 
 /* The sums of a tile, outputs from `output` and `count` positions from q, to their places. `begun`: these have those of
