@@ -416,7 +416,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
     laid = (laid * together + 31) / 16 * 16; /* and a vector behind it, which may be read */
     long values = (value * together + 15) / 16 * 16, size = (laid + 2 * values) * (long)sizeof(float);
     const long apart = (size + taps * (long)sizeof(long) + 63) / 64 * 64;
-    float *scratch = aligned_alloc(64, (size_t)(apart * slots));
+    float *scratch = take_scratch((size_t)(apart * slots));
     if (!scratch) {
         free(places);
         return NO_MEMORY;
@@ -425,7 +425,7 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
     struct plan plan = {stages, count, version, x, bias, y, scratch, {scratch + laid, scratch + laid + values},
                         (long *)(void *)(scratch + laid + 2 * values), images, together, rows, apart, slots, taken};
     team_call(threads, threads, all_bands, &plan);
-    free(scratch);
+    give_scratch(scratch);
     free(places);
     return OK;
 }

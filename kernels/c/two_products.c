@@ -13,6 +13,7 @@
 */
 #ifndef LANES
 
+#include "scratch.h"
 #include "team.h"
 
 #include <stdint.h>
@@ -285,13 +286,13 @@ EXPORT int tdc_two_products(int version, int threads, const float *x, const floa
     if (rows == 0 || outputs == 0)
         return OK;
     long stride = ((stacked ? outputs : rank) + 15) / 16 * 16, gathered = order ? (rows * inputs + 15) / 16 * 16 : 0;
-    float *scratch = aligned_alloc(64, (size_t)(gathered + rows * stride + 16) * sizeof(float));
+    float *scratch = take_scratch((size_t)(gathered + rows * stride + 16) * sizeof(float));
     if (!scratch)
         return NO_MEMORY;
     struct call c = {x,    first,  second, bias, order,   place,  y,                 scratch, scratch + gathered,
                      rows, inputs, rank,   outputs, stride,  stacked, products[version], OK};
     team_call(threads, worth(threads, rank * (inputs + outputs), rows), two_products, &c);
-    free(scratch);
+    give_scratch(scratch);
     return c.status;
 }
 
@@ -304,13 +305,14 @@ EXPORT int tdc_one_product(int version, int threads, const float *x, const float
     if (rows == 0 || outputs == 0)
         return OK;
     long stride = inputs + (order ? outputs : 0);
-    float *gathered = order ? aligned_alloc(64, (size_t)(rows * stride + 16) / 16 * 64) : NULL;
+    float *gathered = order ? take_scratch((size_t)(rows * stride + 16) * sizeof(float)) : NULL;
     if (order && !gathered)
         return NO_MEMORY;
     struct call c = {x,    NULL,   weight,  bias,    order,  NULL, y,                 gathered, NULL,
                      rows, stride, outputs, outputs, inputs, 0,    products[version], OK};
     team_call(threads, worth(threads, inputs * outputs, rows), one_product, &c);
-    free(gathered);
+    if (gathered)
+        give_scratch(gathered);
     return c.status;
 }
 
