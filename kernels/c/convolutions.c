@@ -33,6 +33,7 @@ enum {
     DEEP = 256,     /* inputs and taps at a time */
     TALLEST = 192,  /* outputs whose weights are copied at a time */
     PANELS = 32,    /* panels at a time, at most */
+    ROWS_AHEAD = 6, /* of the weights that are fetched: they are far apart */
     SPAN = 8,       /* rows and columns of the window of a direct stage, at most */
     CACHE = 1 << 18 /* numbers that lie between stages at a time */
 };
@@ -687,8 +688,10 @@ static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long
         for (long o = 0; o < outputs; o++) {
             const float *w = t->stage->weight + (output + o) * depth + k;
             long d = 0;
-            for (; d + LANES <= some; d += LANES)
+            for (; d + LANES <= some; d += LANES) {
+                __builtin_prefetch((const char *)((uintptr_t)(w + ROWS_AHEAD * depth + d)), 0, 2);
                 *(VEC *)(rows + o * ROW + d) = *(const VEC *)(w + d);
+            }
             for (; d < some; d++)
                 rows[o * ROW + d] = w[d];
         }
