@@ -23,25 +23,25 @@
 #ifndef LANES
 
 enum {
-    STAGES = 4,     /* at most */
-    SLOTS = 64,     /* threads that take bands of their own, at most */
-    SHORTEST = 6,   /* rows of a band that are few because of them, at least: those at its edges are made twice */
+    STAGES = 4,      /* at most */
+    SLOTS = 64,      /* threads that take bands of their own, at most */
+    SHORTEST = 6,    /* rows of a band that are few because of them, at least: those at its edges are made twice */
     LIGHT = 1 << 18, /* weights that each of them may as well copy by itself; else twice as many rows */
-    WIDEST = 1024,  /* positions of one part, at most */
-    GRAIN = 16,     /* of which they are a multiple */
-    FEWEST = 64,    /* positions of one part that are worth copying the weights */
-    DEEP = 256,     /* inputs and taps at a time */
-    TALLEST = 192,  /* outputs whose weights are copied at a time */
-    PANELS = 32,    /* panels at a time, at most */
-    ROWS_AHEAD = 6, /* of the weights that are fetched: they are far apart */
-    SPAN = 8,       /* rows and columns of the window of a direct stage, at most */
-    CACHE = 1 << 18 /* numbers that lie between stages at a time */
+    WIDEST = 1024,   /* positions of one part, at most */
+    GRAIN = 16,      /* of which they are a multiple */
+    FEWEST = 64,     /* positions of one part that are worth copying the weights */
+    DEEP = 256,      /* inputs and taps at a time */
+    TALLEST = 192,   /* outputs whose weights are copied at a time */
+    PANELS = 32,     /* panels at a time, at most */
+    ROWS_AHEAD = 6,  /* of the weights that are fetched: they are far apart */
+    SPAN = 8,        /* rows and columns of the window of a direct stage, at most */
+    CACHE = 1 << 18  /* numbers that lie between stages at a time */
 };
 
 /* One convolution. `plain`: 1 x 1, each position of the input is one of the output. `direct`: its columns are read where
    the input lies, which is not laid out. `order`: of the channels of the input, the first `outputs` of which are added to
-   the product; else NULL. `places`: where the output has its channels, those of
-   the input on top, then those of the product; else NULL. */
+   the product; else NULL. `places`: where the output has its channels, those of the input on top, then those of the
+   product; else NULL. */
 struct stage {
     const float *weight;
     long inputs, outputs, rows, columns, down, across, top, left, height, width, in_height, in_width;
@@ -65,16 +65,17 @@ struct span {
 /* One stage for some rows of some images, as a product. */
 struct task {
     const struct stage *stage;
-    struct span in, out;            /* rows that are there of the input, rows that are made */
-    const float *from;              /* the input */
-    float *laid, *to;               /* the input laid out, the output */
+    struct span in, out; /* rows that are there of the input, rows that are made */
+    const float *from;   /* the input */
+    float *laid, *to;    /* the input laid out, the output */
     const float *bias;
-    const long *offsets;            /* of each input and tap, in laid, or in from where direct */
+    const long *offsets; /* of each input and tap, in laid, or in from where direct */
     long images, from_image, from_channel, laid_image, to_image, to_channel;
-    long pitch, plane_rows, positions; /* of laid: numbers in a row, rows of a plane; of the output of one image */
-    long wide, chunks;                 /* positions of a part, and parts of the outputs */
-    int near;                          /* whether columns may be multiplied where they lie */
-    int ahead;                         /* whether they are fetched ahead: the input's, which may not be in cache */
+    long pitch, plane_rows; /* numbers in a row of laid, or of from where direct; rows of a plane of laid */
+    long positions;         /* of the output of one image */
+    long wide, chunks;      /* positions of a part, and parts of the outputs */
+    int near;               /* whether columns may be multiplied where they lie */
+    int ahead;              /* whether they are fetched ahead: the input's, which may not be in cache */
     void (*block)(const struct task *, long output, long outputs, long start, long stop);
 };
 
@@ -245,10 +246,79 @@ struct plan {
     float *y, *laid, *values[2];
     long *offsets;
     long images, together, rows; /* images, and rows of one, that go through all stages at a time: a band */
-    long apart;                         /* bytes from the scratch of one thread to that of the next */
-    long slots;                         /* threads that have one of their own; 1: all share it */
-    atomic_int *taken;                  /* which are in use */
+    long apart;                  /* bytes from the scratch of one thread to that of the next */
+    long slots;                  /* threads that have one of their own; 1: all share it */
+    atomic_int *taken;           /* which are in use */
 };
+
+/* Where each input and tap of a stage lies, from the first entry that the window meets. */
+static void lay_offsets(const struct task *t, long *offset) {
+    const struct stage *s = t->stage;
+    const long plane = t->plane_rows * t->pitch;
+    for (long channel = 0; channel < s->inputs; channel++)
+        for (long y = 0; y < s->rows; y++)
+            for (long x = 0; x < s->columns; x++)
+                if (s->direct)
+                    *offset++ = (s->order ? s->order[s->outputs + channel] : channel) * t->from_channel + y * t->pitch + x;
+                else
+                    *offset++ = (channel * phases(s) + y % s->down * s->across + x % s->across) * plane +
+                                y / s->down * t->pitch + x / s->across;
+}
+
+/* Parts of the positions and of the outputs, of one size and as many as keep the threads busy. */
+static void set_parts(struct task *t, long threads) {
+    const struct stage *s = t->stage;
+    const long all = t->images * t->positions, few = parts_of(all, WIDEST);
+    const long more = threads < all / FEWEST ? threads : all / FEWEST;
+    t->wide = parts_of(parts_of(all, few > more ? few : more), GRAIN) * GRAIN;
+    const long worth = 1 + s->outputs * s->inputs * s->rows * s->columns / (1 << 14);
+    const long idle = parts_of(threads, parts_of(all, t->wide)), some = idle < worth ? idle : worth;
+    t->chunks = parts_of(parts_of(s->outputs + !s->outputs, TALLEST), some) * some;
+}
+
+/* One stage, from the rows spans[0] of its input to the rows spans[1] of its output. */
+static void run_stage(const struct plan *p, struct team *team, int k, long image, long images, const struct span *spans) {
+    const struct stage *s = p->stages + k;
+    const long in_rows = spans[0].stop - spans[0].start, out_rows = spans[1].stop - spans[1].start;
+    const long entries = in_rows * s->in_width, positions = out_rows * s->width;
+    if (out_rows < 1) /* the window behind it meets zeros alone */
+        return;
+    struct task t = {.stage = s,
+                     .in = spans[0],
+                     .out = spans[1],
+                     .images = images,
+                     .from = p->values[k % 2],
+                     .from_image = entries,
+                     .from_channel = images * entries,
+                     .to = p->values[(k + 1) % 2],
+                     .to_image = positions,
+                     .to_channel = images * positions,
+                     .positions = positions,
+                     .laid = p->laid,
+                     .pitch = pitch(s),
+                     .plane_rows = plane_rows(s, out_rows),
+                     .offsets = p->offsets,
+                     .near = s->direct && s->across == 1,
+                     .ahead = k == 0,
+                     .block = versions[p->version].block};
+    t.laid_image = s->inputs * phases(s) * t.plane_rows * t.pitch;
+    if (k == 0) {
+        t.from_channel = s->in_height * s->in_width;
+        t.from_image = channels_in(s) * t.from_channel;
+        t.from = p->x + image * t.from_image + spans[0].start * s->in_width;
+    }
+    if (k == p->count - 1) {
+        t.to_channel = s->height * s->width;
+        t.to_image = channels_out(s) * t.to_channel;
+        t.to = p->y + image * t.to_image + spans[1].start * s->width;
+        t.bias = p->bias;
+    }
+    lay_offsets(&t, p->offsets);
+    if (!s->direct)
+        team_run(team, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) * s->inputs / (t.laid_image + 1));
+    set_parts(&t, team->threads);
+    team_run(team, some_blocks, &t, parts_of(images * positions, t.wide) * t.chunks, 1);
+}
 
 /* All stages for some rows of the output of some images. */
 static void run_band(const struct plan *p, struct team *team, long image, long images, struct span rows) {
@@ -256,46 +326,8 @@ static void run_band(const struct plan *p, struct team *team, long image, long i
     spans[p->count] = rows;
     for (int k = p->count - 1; k >= 0; k--)
         spans[k] = needed(p->stages + k, spans[k + 1]);
-    const struct stage *first = p->stages, *last = p->stages + p->count - 1;
-    for (int k = 0; k < p->count; k++) {
-        const struct stage *s = p->stages + k;
-        long in_rows = spans[k].stop - spans[k].start, out_rows = spans[k + 1].stop - spans[k + 1].start;
-        if (out_rows < 1) /* the window behind it meets zeros alone */
-            continue;
-        const long entries = in_rows * s->in_width, positions = out_rows * s->width;
-        struct task t = {s, spans[k], spans[k + 1], p->values[k % 2], p->laid, p->values[(k + 1) % 2], NULL, p->offsets,
-                         images, entries, images * entries, 0, positions, images * positions, pitch(s),
-                         plane_rows(s, out_rows), positions, 0, 1, s->direct && s->across == 1, s == first, versions[p->version].block};
-        if (s == first) {
-            t.from_channel = s->in_height * s->in_width;
-            t.from_image = channels_in(s) * t.from_channel;
-            t.from = p->x + image * t.from_image + spans[0].start * s->in_width;
-        }
-        if (s == last) {
-            t.to_channel = s->height * s->width;
-            t.to_image = channels_out(s) * t.to_channel;
-            t.to = p->y + image * t.to_image + rows.start * s->width;
-            t.bias = p->bias;
-        }
-        long plane = t.plane_rows * t.pitch, *offset = p->offsets;
-        t.laid_image = s->inputs * phases(s) * plane;
-        for (long channel = 0; channel < s->inputs; channel++)
-            for (long y = 0; y < s->rows; y++)
-                for (long x = 0; x < s->columns; x++)
-                    *offset++ = s->direct ? (s->order ? s->order[s->outputs + channel] : channel) * t.from_channel +
-                                                y * s->in_width + x
-                                          : (channel * phases(s) + y % s->down * s->across + x % s->across) * plane +
-                                                y / s->down * t.pitch + x / s->across;
-        if (!s->direct)
-            team_run(team, versions[p->version].lay_out, &t, images * s->inputs, 1 + (1 << 13) / (plane * phases(s)));
-        const long depth = s->inputs * s->rows * s->columns, all = images * t.positions;
-        const long few = parts_of(all, WIDEST), more = team->threads < all / FEWEST ? team->threads : all / FEWEST;
-        t.wide = parts_of(parts_of(all, few > more ? few : more), GRAIN) * GRAIN; /* parts of one size */
-        const long parts = parts_of(all, t.wide), worth = 1 + s->outputs * depth / (1 << 14);
-        const long wanted = parts_of(team->threads, parts), some = wanted < worth ? wanted : worth;
-        t.chunks = parts_of(parts_of(s->outputs + !s->outputs, TALLEST), some) * some;
-        team_run(team, some_blocks, &t, parts * t.chunks, 1);
-    }
+    for (int k = 0; k < p->count; k++)
+        run_stage(p, team, k, image, images, spans + k);
 }
 
 /* Bands [start, stop), one after the other. */
@@ -379,8 +411,8 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
         const long *n = numbers;
         int plain = n[1] == 1 && n[2] == 1 && n[3] == 1 && n[4] == 1 && n[7] == height && n[8] == width;
         int direct = n[1] <= SPAN && n[2] <= SPAN && n[4] <= 2;
-        stages[k] = (struct stage){weights[k], channels, n[0],  n[1],   n[2],             n[3], n[4], n[5], n[6], n[7], n[8],
-                                   height,     width,    plain, direct, k ? NULL : order, NULL};
+        stages[k] = (struct stage){weights[k], channels, n[0],   n[1],  n[2],  n[3],   n[4],             n[5], n[6],
+                                   n[7],       n[8],     height, width, plain, direct, k ? NULL : order, NULL};
         if ((k == 0 && order && !plain) || (k == count - 1 && stacked && !plain))
             return NO_SUCH_VERSION;
         taps = channels * n[1] * n[2] > taps ? channels * n[1] * n[2] : taps;
@@ -466,15 +498,8 @@ static TARGET void NAMED(lay_out, VERSION)(void *context, long start, long stop)
                 some = some < t->pitch ? some : t->pitch;
                 for (; x < t->pitch && x * s->across + skip < 0; x++)
                     to[x] = 0;
-                if (s->across == 1)
-                    for (; x < some; x++)
-                        to[x] = entries[x + skip];
-                else if (s->across == 2)
-                    for (; x < some; x++)
-                        to[x] = entries[x * 2 + skip];
-                else
-                    for (; x < some; x++)
-                        to[x] = entries[x * s->across + skip];
+                for (; x < some; x++)
+                    to[x] = entries[x * s->across + skip];
                 for (; x < t->pitch; x++)
                     to[x] = 0;
             }
