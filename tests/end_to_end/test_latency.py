@@ -231,8 +231,8 @@ def test_what_cannot_be_timed_is_refused_before_the_work(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("given", [list, iter])
 def test_open_sizes_are_timed_on_data_beside_statistics_gathered_before(tmp_path: Path, given: Any) -> None:
-    path, data = tmp_path / "open.onnx", [{"input": x.numpy()} for x in DATA]
-    torch.onnx.export(model(), (DATA[0],), path, dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("n")},))
+    path, data, sizes = tmp_path / "open.onnx", [{"input": x.numpy()} for x in DATA], ({0: torch.export.Dim("n")},)
+    torch.onnx.export(model(), (DATA[0],), path, dynamo=True, verbose=False, dynamic_shapes=sizes)
     statistics = tdc.calibrate(path, data, progress=False)
     options: dict[str, Any] = {"budget": "latency=0.95", "statistics": statistics, "progress": False}
     report = tdc.compress_onnx(path, tmp_path / "small.onnx", calibration=given(data), **options)
