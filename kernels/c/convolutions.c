@@ -135,12 +135,20 @@ static long pieces_of(const struct task *t, long q, long count, long longest, st
     return found;
 }
 
-/* Of each tap and piece which numbers meet an entry. */
-static void mask(const struct stage *s, const struct piece *pieces, long count, uint16_t *masks) {
+/* Of each tap and piece which numbers meet an entry, as bits for the entries from the first one on. */
+static void mask(const struct stage *s, const struct piece *pieces, long count, uint32_t *masks) {
     for (long y = 0; y < s->rows; y++)
         for (long x = 0; x < s->columns; x++)
-            for (long j = 0; j < count; j++)
-                *masks++ = pieces[j].down[y] & pieces[j].across[x];
+            for (long j = 0; j < count; j++) {
+                uint32_t met = pieces[j].down[y] & pieces[j].across[x];
+                if (s->across == 2) { /* each second one */
+                    met = (met | met << 8) & 0xff00ff;
+                    met = (met | met << 4) & 0xf0f0f0f;
+                    met = (met | met << 2) & 0x33333333;
+                    met = (met | met << 1) & 0x55555555;
+                }
+                *masks++ = met;
+            }
 }
 
 static long phases(const struct stage *s) { return s->down * s->across; }
@@ -523,13 +531,9 @@ INLINE TARGET VEC NAMED(met, VERSION)(const float *p, unsigned mask) {
 #endif
 }
 
-/* The numbers at p, p + 2, p + 4 and so on whose bit is set, zeros elsewhere. */
+/* The numbers at p, p + 2, p + 4 and so on whose bit is set, of bits 0, 2, 4 and so on; zeros elsewhere. */
 INLINE TARGET VEC NAMED(met_by_two, VERSION)(const float *p, unsigned mask) {
 #if LANES > 4
-    mask = (mask | mask << 8) & 0xff00ff;
-    mask = (mask | mask << 4) & 0xf0f0f0f;
-    mask = (mask | mask << 2) & 0x33333333;
-    mask = (mask | mask << 1) & 0x55555555;
     const VEC one = NAMED(met, VERSION)(p, mask & ((1u << LANES) - 1));
     const VEC two = NAMED(met, VERSION)(p + LANES, mask >> LANES);
 #endif
@@ -542,7 +546,7 @@ INLINE TARGET VEC NAMED(met_by_two, VERSION)(const float *p, unsigned mask) {
 #else
     VEC v = {0};
     for (int l = 0; l < LANES; l++)
-        if (mask >> l & 1)
+        if (mask >> 2 * l & 1)
             v[l] = p[2 * l];
     return v;
 #endif
@@ -550,7 +554,7 @@ INLINE TARGET VEC NAMED(met_by_two, VERSION)(const float *p, unsigned mask) {
 
 #if LANES == 16 /* others take masks more slowly than they copy */
 /* As high_tile() of many_rows.c, of two pieces where they lie. `masks`: of each tap and piece; the first k is of `tap`. */
-INLINE TARGET void NAMED(near_tile, VERSION)(const struct piece *pieces, const long *offsets, const uint16_t *masks, long tap,
+INLINE TARGET void NAMED(near_tile, VERSION)(const struct piece *pieces, const long *offsets, const uint32_t *masks, long tap,
                                              long taps, long ahead, const float *rows, long depth, float *y, long stride,
                                              int begun, const float *bias, int high) {
     const float *one = pieces[0].from, *two = pieces[1].from;
@@ -587,7 +591,7 @@ INLINE TARGET void NAMED(near_tile, VERSION)(const struct piece *pieces, const l
 
 #define NEAR_TILE(h)                                                                                                   \
     static TARGET __attribute__((noinline)) void NAMED(JOIN(near, h), VERSION)(                                        \
-        const struct piece *pieces, const long *offsets, const uint16_t *masks, long tap, long taps, long ahead,       \
+        const struct piece *pieces, const long *offsets, const uint32_t *masks, long tap, long taps, long ahead,       \
         const float *rows, long depth, float *y, long stride, int begun, const float *bias) {                          \
         NAMED(near_tile, VERSION)(pieces, offsets, masks, tap, taps, ahead, rows, depth, y, stride, begun, bias, h);   \
     }
@@ -596,7 +600,7 @@ INLINE TARGET void NAMED(near_tile, VERSION)(const struct piece *pieces, const l
 NEAR_TILE(1) NEAR_TILE(2) NEAR_TILE(3) NEAR_TILE(4) NEAR_TILE(5) NEAR_TILE(6)
 NEAR_TILE(7) NEAR_TILE(8) NEAR_TILE(9) NEAR_TILE(10) NEAR_TILE(11) NEAR_TILE(12)
 
-static void (*const near_tiles[])(const struct piece *, const long *, const uint16_t *, long, long, long, const float *, long,
+static void (*const near_tiles[])(const struct piece *, const long *, const uint32_t *, long, long, long, const float *, long,
                                   float *, long, int, const float *) = {
     NULL, NEAR_NAME(1), NEAR_NAME(2), NEAR_NAME(3), NEAR_NAME(4), NEAR_NAME(5), NEAR_NAME(6),
     NEAR_NAME(7), NEAR_NAME(8), NEAR_NAME(9), NEAR_NAME(10), NEAR_NAME(11), NEAR_NAME(12),
@@ -609,7 +613,7 @@ static void (*const near_tiles[])(const struct piece *, const long *, const uint
 /* The columns of `count` pieces for the inputs and taps [k, k + depth), to a panel. What a short piece brings too much, the
    next one or the next row covers. `across`: 0 where the input is laid out, else the stride. */
 INLINE TARGET void NAMED(gather, VERSION)(const struct task *t, const struct piece *pieces, long count, long k,
-                                          long depth, float *panel, const uint16_t *masks, long across, long ahead) {
+                                          long depth, float *panel, const uint32_t *masks, long across, long ahead) {
     const long *offsets = t->offsets + k, taps = t->stage->rows * t->stage->columns;
     long tap = k % taps;
     for (long d = 0; d < depth; d++, panel += 2 * LANES) {
@@ -629,7 +633,7 @@ INLINE TARGET void NAMED(gather, VERSION)(const struct task *t, const struct pie
 
 static TARGET void NAMED(columns, VERSION)(const struct task *t, const struct piece *pieces, long count, long k,
                                            long depth, float *panel) {
-    uint16_t masks[SPAN * SPAN * 2 * LANES];
+    uint32_t masks[SPAN * SPAN * 2 * LANES];
     if (!t->stage->direct) {
         NAMED(gather, VERSION)(t, pieces, count, k, depth, panel, NULL, 0, 0);
         return;
@@ -696,7 +700,7 @@ static TARGET void NAMED(block, VERSION)(const struct task *t, long output, long
     float rows[TALLEST * ROW] __attribute__((aligned(64))), sums[HIGH * PANEL] __attribute__((aligned(64)));
     struct piece pieces[WIDEST];
     long firsts[WIDEST / PANEL + 1] = {0};
-    uint16_t masks[PANELS][SPAN * SPAN * 2];
+    uint32_t masks[PANELS][SPAN * SPAN * 2];
     int near[PANELS];
     const long taps = t->stage->rows * t->stage->columns, depth = t->stage->inputs * taps, tiles = parts_of(outputs, HIGH);
     const long panels = parts_of(stop - start, PANEL);
