@@ -614,20 +614,22 @@ static void (*const near_tiles[])(const struct piece *, const long *, const uint
    next one or the next row covers. `across`: 0 where the input is laid out, else the stride. */
 INLINE TARGET void NAMED(gather, VERSION)(const struct task *t, const struct piece *pieces, long count, long k,
                                           long depth, float *panel, const uint32_t *masks, long across, long ahead) {
-    const long *offsets = t->offsets + k, taps = t->stage->rows * t->stage->columns;
-    long tap = k % taps;
+    const long *offsets = t->offsets + k, columns = t->stage->columns, taps = t->stage->rows * columns;
+    long tap = k % taps, column = k % columns;
     for (long d = 0; d < depth; d++, panel += 2 * LANES) {
+        const long fetched = column ? 0 : ahead; /* the rest of the row is near it */
         for (long j = 0; j < count; j++) {
             const float *from = pieces[j].from + offsets[d];
             VEC *to = (VEC *)(panel + pieces[j].at);
-            if (ahead)
-                __builtin_prefetch((const char *)((uintptr_t)(from + ahead)), 0, 3);
+            if (fetched)
+                __builtin_prefetch((const char *)((uintptr_t)(from + fetched)), 0, 3);
             if (across == 2)
                 *to = NAMED(met_by_two, VERSION)(from, masks[tap * count + j]);
             else
                 *to = across ? NAMED(met, VERSION)(from, masks[tap * count + j]) : *(const VEC *)from;
         }
         tap = tap + 1 < taps ? tap + 1 : 0;
+        column = column + 1 < columns ? column + 1 : 0;
     }
 }
 
