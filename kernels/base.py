@@ -55,7 +55,8 @@ class Kernel:
     ``reference`` the same on stock operators. ``limits`` says in words what it takes. ``available`` declines where it
     cannot run on this machine, ``takes`` sizes and windows that it cannot. Kernels for convolutions, blocks of another
     ``kind``, take the windows of each behind the bias. ``device`` and ``dtypes``: torch's names of what it runs on.
-    ``registered``: the operator is one of TDC's own, not a chain of torch's.
+    ``registered``: the operator is one of TDC's own, not a chain of torch's. ``prepare(*factors, bias)``: the call behind
+    ``run`` for operands that were checked, and the numbers of inputs and outputs; see :class:`tdc.kernels.quick.Quick`.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Kernel:
     device: str = "cpu"
     dtypes: tuple[str, ...] = ("float32",)
     registered: bool = True
+    prepare: Callable[..., tuple[Callable[[int, int, int, int], int], int, int]] | None = None
 
     def match(self, block: Block) -> Match | Decline:
         """Whether the block is this line, whatever its values, factors and axes are called."""

@@ -46,6 +46,7 @@ class KernelLinear(nn.Linear):
     def use(self, run: Callable[..., Tensor | None] | None, shared: object = None) -> None:
         """Ask ``run(input, factors, bias)`` first; with None the layer is one of torch again."""
         self.__dict__.pop("_runner", None)
+        self.__dict__.pop("_quick", None)
         if run is None:
             if type(self) is KernelLinear:
                 self.__class__ = nn.Linear  # type: ignore[assignment]
@@ -54,16 +55,22 @@ class KernelLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         run: Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None] | None
+        if (quick := self.__dict__.get("_quick")) is not None and (result := quick(input)) is not None:
+            return result
         run, weight = self.__dict__.get("_runner"), self._parameters.get("weight")  # the quickest way to them
         if run is None or weight is None or type(self) is not KernelLinear:
             return super().forward(input)
         bias = self._parameters["bias"]
         result = run(input, {"weight": weight}, bias)
-        return functional.linear(input, weight, bias) if result is None else result
+        if result is None:
+            return functional.linear(input, weight, bias)
+        if self.__dict__.get("_quick", run) is not None and hasattr(run, "quick"):
+            self.__dict__["_quick"] = run.quick({"weight": (self._parameters, "weight")}, self._parameters)
+        return result
 
     def _get_name(self) -> str:
         return "Linear"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = {key: value for key, value in self.__dict__.items() if key != "_runner"}
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_runner", "_quick")}
         return nn.Linear, (self.in_features, self.out_features, False, "meta"), state

@@ -18,6 +18,7 @@ from tdc.ir import Block, Decline, Remark
 from .base import Match
 from .dense import KernelLinear, can_use_kernels
 from .measure import COLD, GAIN, memory_format, timed
+from .quick import PLAIN, Quick, watched
 from .registry import match
 
 __all__ = ["Accelerated", "Runs", "accelerate", "measured"]
@@ -27,7 +28,6 @@ _MANY, _SURE = 256, 1.2
 """From that many rows on it is arithmetic that counts, and a kernel with that gain is taken for still more rows."""
 
 
-_PLAIN = frozenset({Tensor, nn.Parameter})
 Runner = Callable[[Tensor, Mapping[str, Tensor], Tensor | None], Tensor | None]
 
 
@@ -73,7 +73,7 @@ class Accelerated:
     dtype: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor, factors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor | None:
-        if torch.compiler.is_compiling() or _watched() or not self._measured(x):
+        if torch.compiler.is_compiling() or watched() or not self._measured(x):
             return None
         operands = (x, *factors.values()) if bias is None else (x, *factors.values(), bias)
         if torch.is_autocast_enabled(self.device) or not _suits(operands, self.device, self.dtype):
@@ -84,6 +84,20 @@ class Accelerated:
             return None
         result: Tensor = self.match.run(x, factors, bias)
         return result
+
+    def quick(self, places: Mapping[str, tuple[Mapping[str, Any], str]], bias: Mapping[str, Any]) -> Quick | None:
+        """The same for one layer, with less to look at, after it has run there; None where there is no such way.
+
+        ``places``: of the factors by name, a dict of tensors and a key; ``bias``: the dict with "bias".
+        """
+        if self.match.kernel.prepare is None or self.shapes:
+            return None
+        names = self.match.factors
+        if "bias" not in bias or not all(name in places for name in names):
+            return None
+        found = [*(places[name] for name in names), (bias, "bias")]
+        plain = all(t is None or t.is_contiguous() for t in (own[key] for own, key in found))
+        return Quick(self, found) if plain else None
 
     def _measured(self, x: Tensor) -> bool:
         if x.layout is not torch.strided or x.is_nested:
@@ -308,27 +322,8 @@ def measured_captured(
 def _suits(operands: Iterable[Tensor], device: str, dtype: torch.dtype) -> bool:
     """Whether all are plain tensors there, of that type or int32."""
     for t in operands:
-        if type(t) not in _PLAIN or not (t.is_cpu if device == "cpu" else t.device.type == device):
+        if type(t) not in PLAIN or not (t.is_cpu if device == "cpu" else t.device.type == device):
             return False
         if (t.dtype is not dtype and t.dtype is not torch.int32) or t.layout is not torch.strided or t.is_neg():
             return False
     return True
-
-
-def _watched() -> bool:
-    """Whether something records or transforms the operators that run: a trace, a mode, a functorch transform, gradients
-    that go forwards.
-
-    These have no public question in torch; where it is not known, something does.
-    """
-    try:
-        return bool(
-            torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._ops._len_torch_dispatch_stack_pre_dispatch()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state()
-            or torch.autograd.forward_ad._current_level >= 0
-        )
-    except AttributeError:
-        return True

@@ -8,6 +8,7 @@ code is in two_products.c; limits and rounding are the same. The operator is tor
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +72,21 @@ _FAILURES: dict[int, tuple[type[Exception], str]] = {
 }
 
 
+def prepare(
+    weight: Tensor, bias: Tensor | None = None, order: Tensor | None = None
+) -> tuple[Callable[[int, int, int, int], int], int, int]:
+    """As :func:`tdc.kernels.c.two_products.prepare`."""
+    code, widest = _code()
+    pointers = [t if t is None else t.data_ptr() for t in (weight, bias, order)]
+    outputs, inputs = weight.shape
+
+    def call(x: int, y: int, rows: int, threads: int) -> int:
+        failed: int = code(widest, threads, x, *pointers, y, rows, inputs, outputs)
+        return failed
+
+    return call, inputs + (0 if order is None else outputs), outputs
+
+
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Tensor:
     """The same by stock operators."""
     if order is None:
@@ -95,6 +111,7 @@ KERNELS = (
         functional.linear,
         available,
         registered=False,
+        prepare=prepare,
     ),
     Kernel(
         "one product behind a gather",
@@ -111,5 +128,6 @@ KERNELS = (
         _gathering(reference),
         available,
         registered=False,
+        prepare=lambda order, weight, bias: prepare(weight, bias, order),
     ),
 )

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,29 @@ def run(
         error, reason = _FAILURES.get(failed, (ValueError, f"this processor does not have version {version}"))
         raise error(f"tdc::{_NAME}: {reason}")
     return y
+
+
+def prepare(
+    first: Tensor,
+    second: Tensor,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    place: Tensor | None = None,
+    stacked: bool = False,
+) -> tuple[Callable[[int, int, int, int], int], int, int]:
+    """The C code on operands that were checked and are contiguous: called with where x and y begin, rows and threads it
+    gives 0 if y has the result. And the numbers of inputs and outputs.
+    """
+    code, widest = _code()
+    pointers = [t if t is None else t.data_ptr() for t in (first, second, bias, order, place)]
+    rank, inputs = first.shape
+    sizes = (inputs + (0 if order is None else rank), rank, len(second) + (rank if stacked else 0), stacked)
+
+    def call(x: int, y: int, rows: int, threads: int) -> int:
+        failed: int = code(widest, threads, x, *pointers, y, rows, *sizes)
+        return failed
+
+    return call, sizes[0], sizes[2]
 
 
 def reference(
@@ -299,7 +323,9 @@ FORMS: tuple[tuple[str, str, str, Any], ...] = (
 """Name, lines, factors, and how ``f`` with the operator's arguments is called with x, the factors and the bias."""
 
 
-def kernels_by(runner: Any, limits: str, missing: Any, name: str = "{}", **where: Any) -> tuple[Kernel, ...]:
+def kernels_by(
+    runner: Any, limits: str, missing: Any, name: str = "{}", preparing: Any = None, **where: Any
+) -> tuple[Kernel, ...]:
     """The kernels of all forms, run by ``runner``, a function of the operator's arguments."""
 
     def bound(function: Any, call: Any) -> Any:
@@ -315,10 +341,11 @@ def kernels_by(runner: Any, limits: str, missing: Any, name: str = "{}", **where
             bound(runner, call),
             bound(reference, call),
             missing,
+            prepare=preparing and functools.partial(call, lambda x, *own: preparing(*own), None),
             **where,
         )
         for form, lines, factors, call in FORMS
     )
 
 
-KERNELS = kernels_by(run, "float32, on the processor", available)
+KERNELS = kernels_by(run, "float32, on the processor", available, preparing=prepare)

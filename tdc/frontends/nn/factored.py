@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ...ir import Block, Op, Rebuild, Window, contraction, conv_groups, conv_shape
 from ..graph import built, memory_format
-from .layers import held, padded, stored_weight
+from .layers import held, padded, quicker, stored_weight
 from .pointwise import COLUMNS, ROWS, whole_columns, whole_rows, without_gathers
 from .sharing import Sharing, own_part, shared_part
 
@@ -123,8 +123,8 @@ class Factored(nn.Module):
         """Ask ``run(input, factors, bias)`` for :attr:`own` first, and run the block where it gives None; the same for
         ``shared`` and :attr:`shared`.
         """
-        asked = (run and (run, self.own.input), shared and (shared, self._alike()[-1].output))
-        for key, way in zip(_RUNNERS, asked, strict=True):
+        asked = (run and (run, self.own.input), shared and (shared, self._alike()[-1].output), None)
+        for key, way in zip((*_RUNNERS, "_quick"), asked, strict=True):
             self.__dict__.pop(key, None)
             if way is not None:
                 self.__dict__[key] = way
@@ -135,6 +135,8 @@ class Factored(nn.Module):
         return any(key in self.__dict__ for key in _RUNNERS)
 
     def forward(self, input: Tensor) -> Tensor:
+        if (quick := self.__dict__.get("_quick")) is not None and (result := quick(input)) is not None:
+            return result
         return self._answer(input, self.block.ops, self._common(input, input, self.block.ops))
 
     def _answer(self, activation: Tensor, ops: tuple[Op, ...], common: Mapping[str, Tensor]) -> Tensor:
@@ -143,6 +145,8 @@ class Factored(nn.Module):
             run, entry = self.__dict__["_runner"]
             result: Tensor | None = run(common.get(entry, activation), self.factors, held(self, "bias"))
             if result is not None:
+                if entry == self.block.input and self.__dict__.get("_quick", run) is not None:
+                    self.__dict__["_quick"] = quicker(self, run, dict(self.block.factors))
                 return result
         return self._run(activation, self.bias, ops, common)
 
@@ -200,7 +204,7 @@ class Factored(nn.Module):
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", *_RUNNERS)}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kept", "_quick", *_RUNNERS)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Factored:
         """A copy runs on the same kernels; what comes from a file does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "held",
     "kind_of",
     "padded",
+    "quicker",
     "stored_weight",
     "weight_sizes",
     "windows_of",
@@ -102,3 +104,11 @@ def held(layer: nn.Module, name: str) -> Any:
         if name in own:
             return own[name]
     return getattr(layer, name)
+
+
+def quicker(layer: nn.Module, run: Any, names: Iterable[str]) -> Any:
+    """A way to run with less to look at, where ``run`` offers one for the factors ``names`` of the layer; else None."""
+    own = (layer._parameters, layer._buffers)
+    places = {name: (held, f"weight_{name}") for name in names for held in own if f"weight_{name}" in held}
+    offered = getattr(run, "quick", None)
+    return None if offered is None else offered(places, layer._parameters)

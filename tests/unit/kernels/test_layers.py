@@ -37,28 +37,6 @@ def small() -> nn.Module:
     return tdc.compress(model, X, budget="params=0.6", metric="weight", progress=False).eval()
 
 
-@pytest.fixture
-def gains(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """What the measurement is to find, by the number of rows; nothing is measured."""
-    found = {1: 2.0, 4: 1.0, 8: 3.0}
-    monkeypatch.setattr(layers, "measured", lambda match, factors, bias, shape, **how: found[shape[0]])
-    return found
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every call that a kernel has run."""
-    seen: list[int] = []
-    plain = kernels.Match.run
-
-    def run(match: kernels.Match, x: Tensor, factors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
-        seen.append(x.numel() // x.shape[-1])
-        return plain(match, x, factors, bias)
-
-    monkeypatch.setattr(kernels.Match, "run", run)
-    return seen
-
-
 def factored(model: nn.Module) -> list[FactoredLinear]:
     return [module for module in model.modules() if isinstance(module, FactoredLinear)]
 
