@@ -55,8 +55,8 @@ class Kernel:
     ``reference`` the same on stock operators. ``limits`` says in words what it takes. ``available`` declines where it
     cannot run on this machine, ``takes`` sizes and windows that it cannot. Kernels for convolutions, blocks of another
     ``kind``, take the windows of each behind the bias. ``device`` and ``dtypes``: torch's names of what it runs on.
-    ``registered``: the operator is one of TDC's own, not a chain of torch's. ``prepare(*factors, bias)``: the call behind
-    ``run`` for operands that were checked, and the numbers of inputs and outputs; see :class:`tdc.kernels.quick.Quick`.
+    ``registered``: the operator is one of TDC's own, not a chain of torch's. ``prepare(*factors, bias)``: the call
+    behind ``run`` for operands that were checked, and the numbers of inputs and outputs; see :mod:`tdc.kernels.quick`.
     """
 
     name: str
