@@ -35,6 +35,7 @@ enum {
     PANELS = 32,     /* panels at a time, at most */
     ROWS_AHEAD = 6,  /* of the weights that are fetched: they are far apart */
     SPAN = 8,        /* rows and columns of the window of a direct stage, at most */
+    LARGE = 1 << 20, /* numbers of an input that is laid out for strides: memory is read faster in its order */
     CACHE = 1 << 18  /* numbers that lie between stages at a time */
 };
 
@@ -419,6 +420,8 @@ EXPORT int tdc_convolutions(int version, int threads, const float *x, const floa
         const long *n = numbers;
         int plain = n[1] == 1 && n[2] == 1 && n[3] == 1 && n[4] == 1 && n[7] == height && n[8] == width;
         int direct = n[1] <= SPAN && n[2] <= SPAN && n[4] <= 2;
+        if (k == 0 && n[4] == 2 && images * channels * height * width > LARGE)
+            direct = 0;
         stages[k] = (struct stage){weights[k], channels, n[0],   n[1],  n[2],  n[3],   n[4],             n[5], n[6],
                                    n[7],       n[8],     height, width, plain, direct, k ? NULL : order, NULL};
         if ((k == 0 && order && !plain) || (k == count - 1 && stacked && !plain))

@@ -65,6 +65,7 @@ CHAINS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Windows]] = {
     "by two along rows": ((3, 6, 15, 13), (9, 8), (ONE, slides(2, 5, (1, 2)))),
     "by two down": ((3, 6, 15, 40), (9, 8), (ONE, slides(3, 3, (2, 1)))),
     "by two, all in the zeros": ((1, 3, 3, 2), (4, 5), (ONE, slides(2, 2, (2, 2), (4, 4, 5, 5)))),
+    "by two, a large input": ((5, 40, 75, 80), (24, 33), (slides(3, 3, (2, 2)), ONE)),
     "by three": ((2, 5, 20, 23), (9, 7), (slides(3, 3, (3, 3)), ONE)),
     "a large window": ((2, 3, 35, 35), (16, 8), (slides(11, 11, (4, 4), (2, 2, 2, 2)), ONE)),
     "patches": ((2, 3, 32, 48), (40, 8), (slides(16, 16, (16, 16), (0, 0, 0, 0)), ONE)),
